@@ -1,0 +1,715 @@
+"""ContextCLIP: context-aware multimodal pretraining, small enough to read in one sitting.
+
+An open reimplementation of Roth, Akata, Damen, Balažević, Hénaff, "Context-Aware Multimodal Pretraining", CVPR 2025
+(arXiv 2411.15099). The file follows the paper: 1 contrastive losses, 2 context, 3 encoders, 4 data, 5 validation,
+6 training, 7 command line.
+
+    python contextclip.py                      train the base model, then the context-aware one, and compare them
+    python contextclip.py --objective clixp    train one of clip, siglip, clixp, siglixp
+    python contextclip.py --help               every setting
+
+Nothing is downloaded: the images are glyph cards, drawn from the typefaces that come with matplotlib, and their captions
+are the Unicode names of the characters.
+"""
+
+import argparse
+import csv
+import math
+import os
+import re
+import signal
+import sys
+import tempfile
+import textwrap
+import time
+import unicodedata
+import zlib
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib import pyplot as plt
+from matplotlib.ft2font import FT2Font
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torch.utils.benchmark import Timer
+from torchvision import transforms
+from torchvision.models import VisionTransformer
+from tqdm import tqdm
+
+FORMAT = "contextclip-1"  # of the checkpoints
+IMAGE_SIZE = 32  # pixels, both ways
+MAX_WORDS = 32  # of a caption; more are cut off
+SCALE_RANGE = (1.0, 100.0)  # of tau_1 and tau_2, clamped after every step
+TAU_CTX_RANGE = (0.02, 2.0)  # of tau_ctx sqrt(d): below, one neighbour takes all; above, all images weigh the same
+
+
+class UserError(ValueError):
+    """A mistake of the user's: the command line prints it as one line and exits with status 2."""
+
+
+def option(default, help, low=0, high=math.inf, choices=()):
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+
+
+@dataclass
+class Settings:
+    """All that decides what a run computes; every field is a flag, and checkpoints store them. Raises UserError."""
+
+    objective: str = option("clip", "the loss; *xp: with context", choices=("clip", "siglip", "clixp", "siglixp"))
+    encoder: str = option("cnn", "of images", choices=("cnn", "vit"))
+    seed: int = option(0, "of the initial weights and of every batch")
+    steps: int = option(1000, "optimiser steps", low=1)
+    batch_size: int = option(512, "B; the other B - 1 images are an image's context", low=2)
+    lr: float = option(2e-3, "peak learning rate of AdamW, between a linear warm-up and a cosine to 0")
+    weight_decay: float = option(0.1, "of matrices; temperatures, biases and gains have none")
+    width: int = option(128, "d, of the embeddings and the encoders; a multiple of 32", low=32)
+    alpha: float = option(0.9, "weight of the plain loss; the context loss has 1 - alpha", high=1)
+    tau_ctx: float = option(0.13, "start of tau_ctx sqrt(d); at 1 the attention is uniform", *TAU_CTX_RANGE)
+    number_share: float = option(1.0, "share of captions that name the card's number", high=1)
+    characters: int = option(0, "how many characters to train on, 0 for all")
+    precision: str = option("auto", "of the encoders; losses are float32", choices=("auto", "float32", "bf16"))
+    no_mask: bool = option(False, "ablation: an image may attend to itself")
+    shared_temperature: bool = option(False, "ablation: tau_1 (and b_1) serve the context loss too")
+    detach_values: bool = option(False, "ablation: no gradient into the values V")
+    normalize_values: bool = option(False, "ablation: normalised values V")
+
+    sigmoid = property(lambda self: self.objective.startswith("sig"))
+    context = property(lambda self: self.objective.endswith("xp"))
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, flag, (_, low, high, choices) = getattr(self, f.name), flag_of(f), f.metadata.values()
+            if choices and value not in choices:
+                raise UserError(f"{flag} {value}: choose from {', '.join(choices)}")
+            if not choices and not low <= value <= high:
+                raise UserError(f"{flag} {value}: it must lie between {low} and {high}")
+        if self.width % 32:
+            raise UserError(f"--width {self.width}: it must be a multiple of 32")
+
+
+def flag_of(field):
+    return "--" + field.name.replace("_", "-")
+
+
+# ---- 1. Contrastive losses ------------------------------------------------------------------------------------------
+
+
+def clip_loss(x, t, tau):
+    """Softmax contrastive loss, InfoNCE (Radford et al. 2021): logits s_ij = tau x_i.t_j, the mean of the cross-entropies
+    over rows and over columns, targets the diagonal. x, t (B, d) normalised, paired by row. Returns nats."""
+    logits, target = tau * x @ t.T, torch.arange(len(x), device=x.device)  # (B, B)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def siglip_loss(x, t, tau, b):
+    """Sigmoid contrastive loss (Zhai et al. 2023): -(1/B) sum_ij log sigmoid(z_ij s_ij) with s_ij = tau x_i.t_j + b,
+    z = +1 on the diagonal and -1 elsewhere. x, t (B, d) normalised, paired by row. Returns nats."""
+    logits = tau * x @ t.T + b  # (B, B)
+    z = 2 * torch.eye(len(x), dtype=x.dtype, device=x.device) - 1
+    return -F.logsigmoid(z * logits).sum() / len(x)
+
+
+def chance_loss(settings):
+    """The loss, in nats, of a model that cannot tell pairs apart: ln B for the softmax; for the sigmoid that of its best
+    constant logit, -ln(B - 1), about ln B + 1. A run whose loss stays here has learned nothing."""
+    B = settings.batch_size
+    return math.log(B) + ((B - 1) * math.log(B / (B - 1)) if settings.sigmoid else 0)
+
+
+# ---- 2. Context -----------------------------------------------------------------------------------------------------
+
+
+def attention(x, tau_ctx, mask=True):
+    """softmax_j( x_i.K_j / (tau_ctx sqrt(d)) ) with keys K = x: how much of image j goes into the context of image i.
+
+    x (B, d) normalised -> (B, B), each row sums to 1; with `mask` the diagonal is 0: an image is rebuilt from the others.
+    """
+    scores = x @ x.T / (tau_ctx * x.shape[1] ** 0.5)
+    if mask:
+        scores = scores.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), -math.inf)
+    return scores.softmax(dim=1)
+
+
+def contextualize(v, tau_ctx, mask=True, detach_values=False, normalize_values=False):
+    """x_ctx_i = softmax_j( x_i.K_j / (tau_ctx sqrt(d)) ) V, j != i: every image rebuilt by attention over the others.
+
+    v (B, d) raw image embeddings -> x_ctx (B, d), not normalised. Keys are the normalised embeddings, values the raw
+    ones; gradients flow through queries, keys and values. The three switches are the paper's ablations.
+    """
+    x = F.normalize(v, dim=1)
+    values = x if normalize_values else v
+    values = values.detach() if detach_values else values
+    return attention(x, tau_ctx, mask) @ values
+
+
+def lixp_loss(v, t, model, settings):
+    """L_LIxP = alpha L(X, T; tau_1) + (1 - alpha) L(X_ctx, T; tau_2); the base objectives are L(X, T; tau_1) alone.
+
+    v, t (B, d) raw image and text embeddings, in any precision; `model` holds the temperatures. Returns (3,) nats:
+    the loss, its plain and its context term (0 where there is none).
+    """
+    v, t = v.float(), F.normalize(t.float(), dim=1)
+
+    def loss(x, log_tau, b):
+        x = F.normalize(x, dim=1)  # of x_ctx as well: our reading
+        return siglip_loss(x, t, log_tau.exp(), b) if settings.sigmoid else clip_loss(x, t, log_tau.exp())
+
+    plain = loss(v, model.log_tau_1, model.b_1)
+    if not settings.context:
+        return torch.stack((plain, plain, torch.zeros_like(plain)))
+    switches = not settings.no_mask, settings.detach_values, settings.normalize_values
+    x_ctx = contextualize(v, model.log_tau_ctx.exp(), *switches)
+    own = (model.log_tau_1, model.b_1) if settings.shared_temperature else (model.log_tau_2, model.b_2)
+    context = loss(x_ctx, *own)
+    return torch.stack((settings.alpha * plain + (1 - settings.alpha) * context, plain, context))
+
+
+# ---- 3. Encoders ----------------------------------------------------------------------------------------------------
+
+
+def transformer(width, depth):
+    layer = nn.TransformerEncoderLayer(width, width // 32, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+    return nn.TransformerEncoder(layer, depth, norm=nn.LayerNorm(width), enable_nested_tensor=False)
+
+
+def cnn(width):
+    """(B, 1, 32, 32) -> (B, d). No batch norm: an embedding depends on its image alone, context enters by the loss. No
+    pooling: it would lose the order of the digits."""
+
+    def block(inputs, outputs, stride):
+        return nn.GroupNorm(1, inputs), nn.ReLU(), nn.Conv2d(inputs, outputs, 3, stride, padding=1)
+
+    return nn.Sequential(
+        nn.Conv2d(1, width // 2, 4, stride=4),  # (B, d/2, 8, 8)
+        *block(width // 2, width // 2, 1),
+        *block(width // 2, width, 2),  # (B, d, 4, 4)
+        *block(width, width, 1),
+        *(nn.GroupNorm(1, width), nn.ReLU(), nn.Flatten(), nn.Linear(16 * width, width)),
+    )
+
+
+def vit(width):
+    """(B, 1, 32, 32) -> (B, d): torchvision's, on 16 patches of 8 x 8 pixels and a class token, four layers deep."""
+    model = VisionTransformer(IMAGE_SIZE, 8, 4, width // 32, width, 4 * width, num_classes=width)
+    model.conv_proj = nn.Conv2d(1, width, 8, stride=8)  # grey
+    nn.init.normal_(model.heads.head.weight, std=width**-0.5)  # its own start, zero, cannot be normalised
+    return model
+
+
+class ContextCLIP(nn.Module):
+    """The image encoder, the text encoder, and the temperatures and biases of the losses. Every objective has the same
+    parameters, drawn in the same order: one seed gives the same initial weights."""
+
+    def __init__(self, settings, vocabulary):
+        super().__init__()
+        width = settings.width
+        self.settings, self.vocabulary = settings, vocabulary
+        self.image_encoder = {"cnn": cnn, "vit": vit}[settings.encoder](width)
+        self.words = nn.Embedding(len(vocabulary), width, padding_idx=0)
+        self.positions = nn.Parameter(0.02 * torch.randn(MAX_WORDS, width))
+        self.text_encoder, self.text_head = transformer(width, depth=1), nn.Linear(width, width)
+        tau = 10 if settings.sigmoid else 1 / 0.07
+        b = -math.log(settings.batch_size - 1) if settings.sigmoid else 0  # SigLIP's -10 suits batches of 32,768
+        start = {"log_tau_1": math.log(tau), "log_tau_2": math.log(tau), "b_1": b, "b_2": b,
+                 "log_tau_ctx": math.log(settings.tau_ctx / width**0.5)}  # fmt: skip
+        for name, value in start.items():
+            setattr(self, name, nn.Parameter(torch.tensor(float(value))))
+
+    def encode_image(self, images, normalize=False):
+        """images (B, 1, 32, 32) in about [0, 1] -> v (B, d), with `normalize` of length 1 and float32."""
+        images = images.contiguous(memory_format=torch.channels_last)
+        v = self.image_encoder(4 * (images - 0.5))
+        return F.normalize(v.float(), dim=1) if normalize else v
+
+    def encode_text(self, tokens, normalize=False):
+        """tokens (B, L) from `tokenize` -> t (B, d), with `normalize` of length 1 and float32."""
+        padding = tokens == 0
+        h = self.words(tokens) + self.positions[: tokens.shape[1]]
+        h = self.text_encoder(h, src_key_padding_mask=padding).masked_fill(padding[..., None], 0)
+        t = self.text_head(h.sum(1) / (~padding).sum(1, keepdim=True))  # the mean over the words
+        return F.normalize(t.float(), dim=1) if normalize else t
+
+    def forward(self, images, tokens):
+        return self.encode_image(images), self.encode_text(tokens)
+
+    def temperatures(self):
+        """[tau_1, tau_2, tau_ctx sqrt(d), b_1, b_2] as numbers; waits for the device."""
+        tau = torch.stack((self.log_tau_1, self.log_tau_2, self.log_tau_ctx + math.log(self.settings.width) / 2)).exp()
+        return torch.cat((tau, torch.stack((self.b_1, self.b_2)))).tolist()
+
+    @torch.no_grad()
+    def clamp_temperatures(self):
+        self.log_tau_1.clamp_(*map(math.log, SCALE_RANGE))
+        self.log_tau_2.clamp_(*map(math.log, SCALE_RANGE))
+        self.log_tau_ctx.clamp_(*(math.log(tau / self.settings.width**0.5) for tau in TAU_CTX_RANGE))
+
+
+def split_words(caption):
+    return re.findall(r"[\w-]+", caption.lower())
+
+
+def build_vocabulary(captions):
+    """{word: token} of all words of the captions: 0 is padding, 1 any unknown word, the rest in alphabetical order."""
+    return {word: i for i, word in enumerate(["<pad>", "<unk>", *sorted({w for c in captions for w in split_words(c)})])}
+
+
+def tokenize(captions, vocabulary):
+    """N captions -> tokens (N, L) int64, L the longest, cut at MAX_WORDS; an empty caption is one unknown word."""
+    rows = [torch.tensor([vocabulary.get(w, 1) for w in split_words(c)[:MAX_WORDS]] or [1]) for c in captions]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+# ---- 4. Data: glyph cards -------------------------------------------------------------------------------------------
+
+GLYPH_HEIGHT = 23  # pixels of the card for the glyph, at 20 pixels per em, the baseline in row 18; the number is below
+FACES = {  # typefaces that come with matplotlib, by what they are for: a group draws nothing else
+    "train": ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold",
+              "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic"],
+    "validation": ["DejaVuSans-BoldOblique", "DejaVuSerif-BoldItalic"],
+    "test": ["STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"],
+}  # fmt: skip
+VALIDATION = {"phonetic letters": (0x250, 0x2B0), "modifier letters": (0x2B0, 0x300), "old italic": (0x10300, 0x10330)}
+TRAINED = re.compile(r"digit \w+|latin (capital|small) letter [a-z]( with .+)?|greek (capital|small) letter \w+")
+NUMERALS = "zero one two three four five six seven eight nine".split()
+
+
+def split_of(character):
+    """Which split a character belongs to: 'train', 'test', or the name of a validation task. Of the Latin letters with a
+    diacritic one in ten validates and two in ten test, capital and small letter alike; the other scripts test."""
+    code, name = ord(character), unicodedata.name(character).lower()
+    for task, (first, last) in VALIDATION.items():
+        if first <= code < last:
+            return task
+    if name.startswith("latin") and TRAINED.fullmatch(name) and " with " in name:
+        tenth = zlib.crc32(re.sub("capital|small", "", name).encode()) % 10
+        return "combinations" if tenth == 0 else "test" if tenth < 3 else "train"
+    return "train" if TRAINED.fullmatch(name) or 0x2190 <= code < 0x21D0 or 0x2200 <= code < 0x2240 else "test"
+
+
+class Atlas:
+    """Every character that at least four of the typefaces draw, rendered once per typeface: N characters, G bitmaps.
+
+    names: N captions. index: {character: number}. glyphs (G, 23, 32) uint8. rows[group] (N, 2): a character's first bitmap
+    in a group of FACES, and how many it has there. train: numbers of the training characters, the first `limit` of them,
+    plain letters and symbols before combinations. validation: {task: numbers, at most 64}. vocabulary: of the training
+    captions. words (N, L + 4): tokens of the names, with room for a card's number.
+    """
+
+    def __init__(self, device="cpu", limit=0):
+        def typeface(name):  # -> its font, the codes it covers
+            path = f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf"
+            basic = ImageFont.Layout.BASIC  # the same bitmaps with and without libraqm
+            return ImageFont.truetype(path, 20, layout_engine=basic), set(FT2Font(path).get_charmap())
+
+        typefaces = {group: [typeface(name) for name in names] for group, names in FACES.items()}
+        drawn = Counter(code for group in typefaces.values() for _, covered in group for code in covered)
+        canvas = Image.new("L", (IMAGE_SIZE, GLYPH_HEIGHT))
+        pen = ImageDraw.Draw(canvas)
+
+        def render(code, font):
+            canvas.paste(0, (0, 0, *canvas.size))
+            pen.text((IMAGE_SIZE / 2, 18), chr(code), fill=255, font=font, anchor="ms")
+            return np.array(canvas)
+
+        characters, glyphs, rows = [], [], {group: [] for group in FACES}
+        for code in tqdm(sorted(code for code in drawn if drawn[code] >= 4), "drawing glyphs", leave=False):
+            if unicodedata.category(chr(code))[0] in "CMZ" or not unicodedata.name(chr(code), ""):
+                continue  # control characters, combining marks, separators
+            characters.append(chr(code))
+            for group in FACES:
+                bitmaps = [render(code, font) for font, covered in typefaces[group] if code in covered]
+                bitmaps = [b for b in bitmaps if b.max() > 64]  # some faces draw nothing
+                rows[group].append((len(glyphs), len(bitmaps)))
+                glyphs += bitmaps
+        self.names = [unicodedata.name(c).lower() for c in characters]
+        self.index = {c: i for i, c in enumerate(characters)}
+        self.glyphs = torch.from_numpy(np.stack(glyphs)).to(device)
+        self.rows = {group: torch.tensor(row, device=device) for group, row in rows.items()}
+
+        members = {split: [] for split in ("train", "test", "combinations", *VALIDATION)}
+        for i, character in enumerate(characters):
+            split = split_of(character)
+            if rows["train" if split == "train" else "validation"][i][1]:  # its typefaces draw it
+                members[split].append(i)
+        train = sorted(members["train"], key=lambda i: (" with " in self.names[i], zlib.crc32(self.names[i].encode())))
+        self.train = torch.tensor(train[: limit or None], device=device)
+        self.vocabulary = build_vocabulary([self.names[i] for i in self.train] + NUMERALS + ["number"])
+        self.validation = {}
+        for task in ("combinations", *VALIDATION):
+            if task == "combinations":  # of a letter and a diacritic that are trained, but never together
+                members[task] = [i for i in members[task] if all(w in self.vocabulary for w in split_words(self.names[i]))]
+            if members[task]:  # every second, third, ... of them, so that they are 64 at most
+                self.validation[task] = torch.tensor(members[task][:: -(-len(members[task]) // 64)], device=device)
+        self.words = F.pad(tokenize(self.names, self.vocabulary), (0, 4)).to(device)
+        self.numerals = torch.tensor([self.vocabulary[w] for w in NUMERALS], device=device)
+
+
+def draw_cards(atlas, characters, group, generator):
+    """Draw one card each: the character above a random three-digit number, both in random typefaces of `group`, turned,
+    sheared, scaled, shifted, in random shades on a shaded ground, with noise. Everything happens on the atlas's device.
+
+    characters (B,) int64 -> images (B, 1, 32, 32) float32 in about [0, 1], numbers (B, 3) digits int64.
+    """
+    B, device = len(characters), characters.device
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(B, *shape, device=device, generator=generator)
+
+    first, count = atlas.rows[group][characters].unbind(1)
+    glyphs = atlas.glyphs[first + (uniform(0, 1) * count).long()]
+    numbers = torch.randint(10, (B, 3), device=device, generator=generator)
+    first, count = atlas.rows[group][numbers + atlas.index["0"]].unbind(2)  # (B, 3)
+    digits = atlas.glyphs[first + (uniform(0, 1, 1) * count).long()]  # one typeface for the three
+    digits = F.avg_pool2d(digits[:, :, 2:20, 8:24].float(), 2)  # half size: (B, 3, 9, 8)
+    card = torch.zeros(B, 1, IMAGE_SIZE, IMAGE_SIZE, device=device)
+    card[:, 0, :GLYPH_HEIGHT] = glyphs
+    card[:, 0, GLYPH_HEIGHT:, 4:28] = digits.transpose(1, 2).flatten(2)
+
+    angle, shear, scale = uniform(-0.2, 0.2), uniform(-0.2, 0.2), uniform(0.95, 1.2)  # radians; slope; source / result
+    cos, sin, shift = scale * angle.cos(), scale * angle.sin(), uniform(-0.12, 0.12, 2)  # shift in half cards
+    theta = torch.stack((cos, shear - sin, shift[:, 0], sin, cos, shift[:, 1]), 1).view(B, 2, 3)
+    ink = F.grid_sample(card / 255, F.affine_grid(theta, card.shape, align_corners=False), align_corners=False)
+
+    dark, light, polarity = uniform(0.0, 0.3, 1, 1, 1), uniform(0.6, 1.0, 1, 1, 1), uniform(0, 1, 1, 1, 1) < 0.5
+    paper, pen = torch.where(polarity, light, dark), torch.where(polarity, dark, light)
+    ramp = torch.linspace(-1, 1, IMAGE_SIZE, device=device)
+    shade = uniform(-0.1, 0.1, 1, 1, 1) * ramp + uniform(-0.1, 0.1, 1, 1, 1) * ramp[:, None]
+    noise = 0.05 * torch.randn(card.shape, device=device, generator=generator)
+    return torch.lerp(paper, pen, ink) + shade + noise, numbers
+
+
+def draw_batch(atlas, settings, generator):
+    """One training batch: images (B, 1, 32, 32), tokens (B, L) of "latin small letter a, number four seven one"."""
+    B, device = settings.batch_size, atlas.train.device
+    characters = atlas.train[torch.randint(len(atlas.train), (B,), device=device, generator=generator)]
+    images, numbers = draw_cards(atlas, characters, "train", generator)
+    number = F.pad(atlas.numerals[numbers], (1, 0), value=atlas.vocabulary["number"])  # (B, 4)
+    named = torch.rand(B, 1, device=device, generator=generator) < settings.number_share
+    words = atlas.words[characters]
+    end = (words != 0).sum(1, keepdim=True) + torch.arange(4, device=device)
+    return images, words.scatter(1, end, number * named)
+
+
+# PIL image -> (1, 32, 32) float32 in [0, 1]
+preprocess = transforms.Compose(
+    [transforms.Grayscale(), transforms.Resize(IMAGE_SIZE), transforms.CenterCrop(IMAGE_SIZE), transforms.ToTensor()]
+)
+
+
+# ---- 5. Validation --------------------------------------------------------------------------------------------------
+
+
+def prototypes(support, labels, classes):
+    """Class means of a support, normalised again. support (S, d) normalised, labels (S,) -> P (classes, d)."""
+    return F.normalize(F.one_hot(labels, classes).to(support).T @ support, dim=-1)
+
+
+@torch.no_grad()
+def validate(model, atlas, shots=(1, 4, 16), queries=16, seed=0):
+    """Accuracy in percent on the validation tasks, cards of characters and typefaces used for nothing else: prototypes of
+    k images per class, mean over the tasks, and zero-shot on the combinations (other names have words never trained).
+
+    Supports are nested, queries the same for every k. Returns {"zero-shot": ..., k: ..., "tasks": {task: {k: ...}}}.
+    """
+    device, tasks, zero_shot = atlas.train.device, {}, math.nan
+    for task, members in atlas.validation.items():
+        generator = torch.Generator(device).manual_seed(seed)
+        images, _ = draw_cards(atlas, members.repeat(max(shots) + queries), "validation", generator)
+        x = torch.cat([model.encode_image(part, normalize=True) for part in images.split(1024)])
+        x, labels = x.unflatten(0, (-1, len(members))), torch.arange(len(members), device=device)
+        query = x[max(shots) :]  # (queries, classes, d)
+
+        def accuracy(classes):  # (classes, d)
+            return 100 * ((query @ classes.T).argmax(-1) == labels).float().mean().item()
+
+        tasks[task] = {k: accuracy(prototypes(x[:k].flatten(0, 1), labels.repeat(k), len(members))) for k in shots}
+        if task == "combinations":
+            zero_shot = accuracy(model.encode_text(atlas.words[members], normalize=True))
+    return {"zero-shot": zero_shot, **{k: sum(t[k] for t in tasks.values()) / len(tasks) for k in shots}, "tasks": tasks}
+
+
+# ---- 6. Training ----------------------------------------------------------------------------------------------------
+
+LOG_EVERY, SAVE_EVERY = 10, 100  # steps; the loop waits for the device only to log, and saves only what it has logged
+COLUMNS = "step loss plain_loss context_loss tau_1 tau_2 tau_ctx_sqrt_d b_1 b_2 images_per_second".split()
+
+
+def choose_device(name="auto"):
+    """A torch device that works, with its global switches set. Raises UserError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name}: there is no such device here") from None
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.enable_flash_sdp(device.type != "cpu")  # the CPU's is three times slower on short captions
+    torch.backends.mha.set_fastpath_enabled(False)  # evaluate with the kernels that trained
+    return device
+
+
+def use_bf16(settings, device):
+    """Whether the encoders run in bf16: where the hardware multiplies it; elsewhere it is slower than float32."""
+    if settings.precision != "auto":
+        return settings.precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def make_optimizer(model, settings):
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]  # temperatures, biases, gains
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98), fused=True)
+
+
+def training_step(model, forward, optimizer, images, tokens, lr, bf16):
+    """One update; `forward` is the model or its compiled form. Returns `lixp_loss`'s three numbers, on the device."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        v, t = forward(images, tokens)
+    losses = lixp_loss(v, t, model, model.settings)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad()
+    losses[0].backward()
+    optimizer.step()
+    model.clamp_temperatures()
+    return losses.detach()
+
+
+def read_checkpoint(path):
+    """The dictionary that `train` saved. Raises UserError where there is none, or one of another version."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        version = content["format"]
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}: python contextclip.py trains some") from None
+    except Exception:  # torch.load has many ways to fail
+        raise UserError(f"{path} is not a checkpoint of contextclip") from None
+    if version != FORMAT:
+        raise UserError(f"{path} was written by another version of contextclip ({version}; this one reads {FORMAT})")
+    return content
+
+
+def load(path, device="cpu"):
+    """A trained model for use, with its `vocabulary` for `tokenize`. Raises UserError if `path` is no checkpoint."""
+    content = read_checkpoint(path)
+    model = ContextCLIP(Settings(**content["settings"]), {word: i for i, word in enumerate(content["vocabulary"])})
+    model.load_state_dict(content["model"])
+    return model.to(device).eval().requires_grad_(False)
+
+
+def initialize(model, source):
+    """Post-training: start from the weights of a checkpoint's content; a base model's tau_1 and b_1 start both losses.
+    Raises UserError if they do not fit."""
+    weights, settings, own = source["model"], Settings(**source["settings"]), model.state_dict()
+    kinds = [(s.encoder, s.width, s.sigmoid) for s in (settings, model.settings)]
+    if kinds[0] != kinds[1] or source["vocabulary"] != list(model.vocabulary):
+        raise UserError("--init: that model's encoder, width, vocabulary or kind of loss is not this run's")
+    if not settings.context:
+        weights = weights | {"log_tau_2": weights["log_tau_1"], "b_2": weights["b_1"], "log_tau_ctx": own["log_tau_ctx"]}
+    model.load_state_dict(weights)
+
+
+def train(settings, atlas, out, resume=False, init=None, compile=False):
+    """Train one model on the atlas's device, from the weights of `init` (a checkpoint's content) if given; write
+    out/<objective>.pt and .csv. Returns the row of the final table. Raises UserError; Ctrl-C exits after saving.
+
+    Weights and batches come from settings.seed by two generators from which no objective draws: two objectives with one
+    seed start from the same weights and see the same batches.
+    """
+    device, path = atlas.train.device, out / f"{settings.objective}.pt"
+    torch.manual_seed(settings.seed)
+    model, generator = ContextCLIP(settings, atlas.vocabulary), torch.Generator(device).manual_seed(settings.seed)
+    log, seconds, saved = [], 0.0, read_checkpoint(path) if resume and path.exists() else None
+    if saved:
+        for name, new in [*asdict(settings).items(), ("device", device.type)]:
+            if (old := (saved["settings"] | saved["random"])[name]) != new:
+                raise UserError(f"--resume: {path} was made with {name} = {old}, this run has {new}")
+        if saved["result"]:
+            return saved["result"]
+        log, seconds = saved["log"], saved["seconds"]
+        model.load_state_dict(saved["model"])
+        generator.set_state(saved["random"]["batches"])
+        torch.set_rng_state(saved["random"]["torch"])
+    elif init:
+        initialize(model, init)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer, bf16 = make_optimizer(model, settings), use_bf16(settings, device)
+    if saved:
+        optimizer.load_state_dict(saved["optimizer"])
+    elif path.exists():  # an earlier run is not lost
+        path.replace(path.with_name(path.name + ".bak"))
+    chance, warmup = chance_loss(settings), max(1, settings.steps // 20)
+    print(f"{settings.objective}: {device}, {'bf16' if bf16 else 'float32'}, "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(atlas.train)} characters, "
+          f"{settings.steps} steps of {settings.batch_size}; chance-level loss {chance:.3f}")  # fmt: skip
+    forward = model
+    if compile:
+        torch._dynamo.config.suppress_errors = True  # where compiling fails, it goes on with the plain model
+        forward = torch.compile(model)
+
+    def save(result=None):
+        """To a temporary file, then renamed: `path` is always a whole checkpoint, the old one or the new one."""
+        random = {"device": device.type, "batches": generator.get_state(), "torch": torch.get_rng_state()}
+        content = {"format": FORMAT, "settings": asdict(settings), "vocabulary": list(atlas.vocabulary), "log": log,
+                   "seconds": seconds, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                   "random": random, "result": result}  # fmt: skip
+        temporary = path.with_suffix(".tmp")
+        try:
+            torch.save(content, temporary)
+            os.replace(temporary, path)
+            with open(path.with_suffix(".csv"), "w", newline="") as file:
+                csv.writer(file).writerows([COLUMNS, *log])
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"cannot write {path} ({error})") from None
+
+    stopped = []  # by Ctrl-C or kill: go on to the next log line, save, return
+    handlers = {s: signal.signal(s, lambda *_: stopped.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
+    start = log[-1][0] if log else 0
+    bar = tqdm(total=settings.steps, initial=start, desc=settings.objective, unit="step", mininterval=0.5)
+    losses, logged, begin = torch.zeros(3, device=device), start, time.perf_counter()
+    try:
+        for step in range(start + 1, settings.steps + 1):
+            images, tokens = draw_batch(atlas, settings, generator)
+            lr = settings.lr * min(step / warmup, (1 + math.cos(math.pi * (step - 1) / settings.steps)) / 2)
+            losses += training_step(model, forward, optimizer, images, tokens, lr, bf16)
+            bar.update()
+            if step % LOG_EVERY and step < settings.steps:
+                continue
+            mean = (losses / (step - logged)).tolist()
+            if not all(p.isfinite().all() for p in (losses, *model.parameters())):
+                kept = f"{path} keeps the last good step" if path.exists() else "nothing was saved yet"
+                raise UserError(f"the loss is no longer finite at step {step}: {kept}; try a lower --lr")
+            elapsed, begin = time.perf_counter() - begin, time.perf_counter()
+            seconds += elapsed
+            log.append([step, *mean, *model.temperatures(), (step - logged) * settings.batch_size / elapsed])
+            shown = "loss {1:.3f}, tau_1 {4:.1f}, tau_2 {5:.1f}, tau_ctx*sqrt(d) {6:.3f}, {9:,.0f} images/s"
+            bar.set_postfix_str(shown.format(*log[-1]))
+            if logged < settings.steps / 10 <= step and settings.steps >= SAVE_EVERY and mean[1] > 0.98 * chance:
+                bar.write(f"warning: a tenth of the run is over, and the loss, {mean[1]:.3f}, is still at chance")
+            losses, logged = torch.zeros_like(losses), step
+            if step < settings.steps and (stopped or step % SAVE_EVERY == 0):
+                save()
+            if stopped and step < settings.steps:
+                command = " ".join(["python", *sys.argv, *["--resume"] * ("--resume" not in sys.argv)])
+                print(f"stopped at step {step} and saved; to go on: {command}", file=sys.stderr)
+                raise SystemExit(130)
+    finally:
+        bar.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    result = {"objective": settings.objective, "loss": mean[0], **validate(model, atlas), "seconds": seconds,
+              "images/s": settings.steps * settings.batch_size / seconds}  # fmt: skip
+    save(result)
+    return result
+
+
+def profile(settings, atlas):
+    """Print how a training step's time divides: median milliseconds of the full step, of the encoders alone (forward and
+    backward on fixed tensors), of drawing the cards, and of the loss (forward and backward)."""
+    device, generator = atlas.train.device, torch.Generator(atlas.train.device).manual_seed(0)
+    model = ContextCLIP(settings, atlas.vocabulary).to(device, memory_format=torch.channels_last)
+    optimizer, bf16 = make_optimizer(model, settings), use_bf16(settings, device)
+    fixed = draw_batch(atlas, settings, generator)
+
+    def encoders():
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            outputs = model(*fixed)
+        torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
+
+    def loss():
+        v, t = torch.randn(2, settings.batch_size, settings.width, device=device, requires_grad=True)
+        lixp_loss(v, t, model, settings)[0].backward()
+
+    def cards():
+        return draw_batch(atlas, settings, generator)
+
+    def step():
+        training_step(model, model, optimizer, *cards(), 0.0, bf16)
+
+    for part in (step, encoders, cards, loss):
+        timer = Timer("part()", globals={"part": part}, num_threads=torch.get_num_threads())
+        median = 1000 * timer.blocked_autorange(min_run_time=3).median
+        whole = median if part is step else whole
+        print(f"{part.__name__:9s}{median:8.1f} ms{median / whole:6.0%}")
+
+
+# ---- 7. Command line ------------------------------------------------------------------------------------------------
+
+
+def draw_figure(atlas, path, settings, rows=3, columns=6):
+    """Save a picture of training cards with their captions."""
+    generator = torch.Generator(atlas.train.device).manual_seed(settings.seed)
+    images, tokens = draw_batch(atlas, replace(settings, batch_size=rows * columns), generator)
+    words = list(atlas.vocabulary)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.3 * rows), layout="constrained")
+    for axis, image, row in zip(axes.flat, images.cpu(), tokens.tolist()):
+        axis.imshow(image[0], cmap="gray", vmin=0, vmax=1)
+        caption = " ".join(words[token] for token in row if token).replace(" number", ", number")
+        axis.set_title(textwrap.fill(caption, 25), fontsize=8)
+        axis.axis("off")
+    figure.savefig(path, dpi=110)
+
+
+def fail(message):
+    print(f"contextclip: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Train a contrastive image-text model without and with context; compare.")
+    parser.error = fail
+    for f in fields(Settings):
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "default": f.default, "metavar": "X"}
+        text = f"{f.metadata['help']} {', '.join(f.metadata['choices'])} (%(default)s)"
+        parser.add_argument(flag_of(f), help=text, **kind)
+    parser.set_defaults(objective=None)  # both
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (%(default)s)")
+    parser.add_argument("--out", type=Path, default="runs", help="folder for checkpoints and logs (%(default)s)")
+    parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="post-training: start from this model's weights")
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="only draw a picture of cards with their captions")
+    switches = {"resume": "go on where the same command was interrupted", "compile": "torch.compile the encoders",
+                "dry-run": "a few small steps into OUT/dry-run, to see that all works",
+                "profile": "only print how a training step's time divides"}  # fmt: skip
+    for name, text in switches.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    args = parser.parse_args(arguments)
+    try:
+        given = {f.name: getattr(args, f.name) for f in fields(Settings)}
+        if args.dry_run:
+            given, args.out = given | {"steps": 20, "batch_size": min(64, args.batch_size)}, args.out / "dry-run"
+        runs = [Settings(**given | {"objective": o}) for o in ([args.objective] if args.objective else ["clip", "clixp"])]
+        device = choose_device(args.device)
+        init = read_checkpoint(args.init) if args.init else None
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=args.out).close()
+        except OSError as error:
+            raise UserError(f"--out {args.out} cannot be written ({error.strerror})") from None
+        atlas = Atlas(device, args.characters)
+        if args.figure:
+            return draw_figure(atlas, args.figure, runs[0])
+        if args.profile:
+            return profile(runs[-1], atlas)
+        results = [train(settings, atlas, args.out, args.resume, init, args.compile) for settings in runs]
+    except UserError as error:
+        fail(error)
+    print("\nobjective    loss  zero-shot  1-shot  4-shot  16-shot  seconds  images/s")
+    for r in results:
+        print("{objective:9}{loss:8.3f}{zero-shot:11.1f}".format(**r), end="")
+        print(f"{r[1]:8.1f}{r[4]:8.1f}{r[16]:9.1f}{r['seconds']:9.0f}{r['images/s']:10,.0f}")
+    print(f"accuracy in % on cards of characters and typefaces never trained: {', '.join(atlas.validation)};\n"
+          "few-shot by prototypes, mean over these tasks; zero-shot on the combinations")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,576 @@
+"""Tests of contextclip.py: `python -m pytest`. Offline, on the CPU, about a minute."""
+
+import csv
+import dataclasses
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import contextclip as cc
+
+SCRIPT = str(Path(cc.__file__).resolve())
+SIZES = [2, 3, 8, 17]
+SMALL = ["--steps", "30", "--batch-size", "32", "--width", "32", "--characters", "60", "--precision", "float32", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def atlas():
+    cc.choose_device("cpu")
+    return cc.Atlas("cpu", limit=300)
+
+
+def embeddings(B, d=6, seed=0):
+    """v, t (B, d) float64, not normalised, with gradients."""
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(B, d, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2)]
+
+
+def make_model(**settings):
+    vocabulary = cc.build_vocabulary(["a b c d"])
+    return cc.ContextCLIP(cc.Settings(**{"width": 32, "batch_size": 8} | settings), vocabulary)
+
+
+# ---- losses and context against naive loops, value and gradient -----------------------------------------------------
+
+
+def naive_normalize(row):
+    return row / row.square().sum().sqrt()
+
+
+def naive_clip(x, t, tau):
+    B, total = len(x), 0
+    for i in range(B):
+        row = sum(torch.exp(tau * (x[i] * t[j]).sum()) for j in range(B))
+        column = sum(torch.exp(tau * (x[j] * t[i]).sum()) for j in range(B))
+        pair = torch.exp(tau * (x[i] * t[i]).sum())
+        total = total - torch.log(pair / row) / 2 - torch.log(pair / column) / 2
+    return total / B
+
+
+def naive_siglip(x, t, tau, b):
+    B, total = len(x), 0
+    for i in range(B):
+        for j in range(B):
+            s = tau * (x[i] * t[j]).sum() + b
+            total = total - torch.log(1 / (1 + torch.exp(-s if i == j else s)))
+    return total / B
+
+
+def naive_context(v, tau_ctx, mask=True, normalize_values=False, values=None):
+    B, d = v.shape
+    x = [naive_normalize(row) for row in v]
+    values = v if values is None else values
+    rows = []
+    for i in range(B):
+        others = [j for j in range(B) if j != i or not mask]
+        weights = [torch.exp((x[i] * x[j]).sum() / (tau_ctx * math.sqrt(d))) for j in others]
+        rows.append(sum(w * (naive_normalize(values[j]) if normalize_values else values[j]) for w, j in zip(weights, others)) / sum(weights))
+    return torch.stack(rows)
+
+
+def same(actual, expected, inputs):
+    """Equal values, and equal gradients of a fixed random projection."""
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=expected.dtype)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+    for a, e in zip(*(torch.autograd.grad((y * weights).sum(), inputs, allow_unused=True, retain_graph=True) for y in (actual, expected))):
+        assert (a is None) == (e is None)
+        if a is not None:
+            torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("B", SIZES)
+def test_contrastive_losses_equal_naive_loops(B):
+    v, t = embeddings(B)
+    x, y = torch.nn.functional.normalize(v, dim=1), torch.nn.functional.normalize(t, dim=1)
+    tau, b = torch.tensor(7.0, dtype=torch.float64, requires_grad=True), torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
+    same(cc.clip_loss(x, y, tau), naive_clip(x, y, tau), [v, t, tau])
+    same(cc.siglip_loss(x, y, tau, b), naive_siglip(x, y, tau, b), [v, t, tau, b])
+
+
+@pytest.mark.parametrize("B", SIZES)
+@pytest.mark.parametrize("switches", [{}, {"mask": False}, {"normalize_values": True}])
+def test_context_equals_naive_loop(B, switches):
+    v, _ = embeddings(B)
+    tau = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    same(cc.contextualize(v, tau, **switches), naive_context(v, tau, **switches), [v, tau] if B > 2 or switches.get("mask") is False else [v])
+    detached = cc.contextualize(v, tau, detach_values=True)
+    same(detached, naive_context(v, tau, values=v.detach()), [v] if B == 2 else [v, tau])
+
+
+def float64_lixp(v, t, model, settings):
+    """`lixp_loss` without its conversion to float32."""
+    original, torch.Tensor.float = torch.Tensor.float, lambda self: self
+    try:
+        return cc.lixp_loss(v, t, model, settings)
+    finally:
+        torch.Tensor.float = original
+
+
+@pytest.mark.parametrize("B", SIZES)
+@pytest.mark.parametrize("objective", ["clip", "siglip", "clixp", "siglixp"])
+def test_objectives_equal_naive_loops(B, objective):
+    v, t = embeddings(B, d=32)
+    model = make_model(objective=objective, batch_size=B).double()
+    with torch.no_grad():  # four different numbers, so that a mixed-up temperature shows
+        for name, value in {"log_tau_1": 1.0, "log_tau_2": 1.5, "log_tau_ctx": -3.0, "b_1": -1.0, "b_2": -2.0}.items():
+            getattr(model, name).fill_(value)
+    y = torch.stack([naive_normalize(row) for row in t])
+
+    def naive(v, log_tau, b):
+        x = torch.stack([naive_normalize(row) for row in v])
+        return naive_siglip(x, y, log_tau.exp(), b) if "sig" in objective else naive_clip(x, y, log_tau.exp())
+
+    expected = naive(v, model.log_tau_1, model.b_1)
+    if objective.endswith("xp"):
+        expected = 0.9 * expected + 0.1 * naive(naive_context(v, model.log_tau_ctx.exp()), model.log_tau_2, model.b_2)
+    scalars = [model.log_tau_1, model.log_tau_2, model.log_tau_ctx, model.b_1, model.b_2]
+    if B == 2:
+        scalars.remove(model.log_tau_ctx)  # one other image: its weight is 1 whatever the temperature
+    same(float64_lixp(v, t, model, model.settings)[0], expected, [v, t, *scalars])
+
+
+def test_losses_are_float32_whatever_the_encoders_used():
+    v, t = (e.detach().to(torch.bfloat16) for e in embeddings(8, d=32))
+    for objective in ("clip", "siglixp"):
+        model = make_model(objective=objective)
+        losses = cc.lixp_loss(v, t, model, model.settings)
+        assert losses.dtype == torch.float32
+        torch.testing.assert_close(losses, cc.lixp_loss(v.float(), t.float(), model, model.settings))
+
+
+def test_losses_stay_finite_at_the_highest_temperature():
+    v, t = (1e3 * e.detach().float() for e in embeddings(8, d=32))
+    for objective in ("clixp", "siglixp"):
+        model = make_model(objective=objective)
+        with torch.no_grad():
+            model.log_tau_1.fill_(99), model.log_tau_2.fill_(99), model.log_tau_ctx.fill_(-99)
+        model.clamp_temperatures()
+        assert model.temperatures()[:3] == pytest.approx([cc.SCALE_RANGE[1], cc.SCALE_RANGE[1], cc.TAU_CTX_RANGE[0]], rel=1e-5)
+        assert cc.lixp_loss(v, t, model, model.settings).isfinite().all()
+
+
+def test_chance_loss():
+    x = torch.zeros(8, 4)  # no model can tell these apart
+    assert cc.chance_loss(cc.Settings("clip", batch_size=8)) == pytest.approx(cc.clip_loss(x, x, 5.0).item())
+    biases = torch.linspace(-6, 2, 801)
+    best = min(cc.siglip_loss(x, x, 5.0, b).item() for b in biases)
+    assert cc.chance_loss(cc.Settings("siglip", batch_size=8)) == pytest.approx(best, abs=1e-4)
+
+
+def test_mask_keeps_an_image_out_of_its_own_context():
+    v, _ = embeddings(8)
+    for mask in (True, False):
+        jacobian = torch.autograd.functional.jacobian(lambda values: cc.attention(torch.nn.functional.normalize(v, dim=1), 0.1, mask) @ values, v)
+        own = jacobian[torch.arange(8), :, torch.arange(8)]  # of x_ctx_i by its own value v_i
+        assert (own.abs().max() == 0) == mask
+    weights = cc.attention(torch.nn.functional.normalize(v, dim=1), 0.1)
+    assert weights.diagonal().abs().max() == 0
+    torch.testing.assert_close(weights.sum(1), torch.ones(8, dtype=torch.float64))
+
+
+def test_permuting_the_batch_permutes_the_context_and_keeps_the_loss():
+    v, t = (e.detach() for e in embeddings(9, d=32))
+    p = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(cc.contextualize(v[p], 0.05), cc.contextualize(v, 0.05)[p])
+    for objective in ("clip", "siglip", "clixp", "siglixp"):
+        model = make_model(objective=objective)
+        losses = [cc.lixp_loss(v[i], t[i], model, model.settings) for i in (torch.arange(9), p)]
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+
+
+def test_each_switch_changes_what_it_says_and_nothing_else():
+    v, t = (e.detach().float().requires_grad_() for e in embeddings(8, d=32))
+    model = make_model(objective="siglixp")
+    with torch.no_grad():
+        model.log_tau_2 += 0.5
+        model.b_2 -= 0.5
+
+    def run(**changes):
+        losses = cc.lixp_loss(v, t, model, dataclasses.replace(model.settings, **changes))
+        parameters = [v, model.log_tau_1, model.log_tau_2, model.b_2, model.log_tau_ctx]
+        return losses.detach(), torch.autograd.grad(losses[2], parameters, allow_unused=True, materialize_grads=True)
+
+    losses, (gv, g1, g2, gb, gctx) = run()
+    assert g1 == 0 and g2 != 0 and gb != 0 and gctx != 0  # the context term has temperatures of its own
+
+    for name in ("no_mask", "normalize_values"):  # the context term changes, the plain one does not
+        other, _ = run(**{name: True})
+        assert other[1] == losses[1] and not torch.isclose(other[2], losses[2], rtol=1e-4)
+
+    other, (dv, *_) = run(detach_values=True)  # the same loss, other gradients
+    assert torch.equal(other, losses) and not torch.allclose(dv, gv, rtol=1e-2)
+
+    other, (_, s1, s2, sb, _) = run(shared_temperature=True)
+    assert other[1] == losses[1] and other[2] != losses[2] and s1 != 0 and s2 == 0 and sb == 0
+
+    for alpha in (0.0, 0.6, 1.0):
+        other, _ = run(alpha=alpha)
+        assert torch.equal(other[1:], losses[1:])
+        torch.testing.assert_close(other[0], alpha * losses[1] + (1 - alpha) * losses[2])
+
+    base = cc.lixp_loss(v, t, model, dataclasses.replace(model.settings, objective="siglip"))
+    assert base[0] == base[1] == losses[1] and base[2] == 0
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoder", ["cnn", "vit"])
+def test_an_embedding_depends_on_its_own_input_alone(encoder):
+    model = make_model(encoder=encoder)
+    images, tokens = torch.rand(4, 1, 32, 32), torch.tensor([[2, 3, 0], [2, 0, 0], [2, 3, 4], [1, 0, 0]])
+    v, t = model(images, tokens)
+    assert v.shape == t.shape == (4, 32)
+    torch.testing.assert_close(model.encode_image(images[:1]), v[:1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.encode_text(tokens[1:2, :1]), t[1:2], rtol=1e-4, atol=1e-5)  # nor on padding
+    torch.testing.assert_close(model.encode_image(images, normalize=True).norm(dim=1), torch.ones(4))
+
+
+def test_one_seed_gives_all_objectives_the_same_encoders():
+    states = []
+    for objective in ("clip", "siglip", "clixp", "siglixp"):
+        torch.manual_seed(3)
+        states.append({k: p for k, p in make_model(objective=objective).state_dict().items() if p.ndim})
+    assert all(torch.equal(s[k], states[0][k]) for s in states for k in states[0])
+
+
+def test_weight_decay_spares_temperatures_biases_and_gains():
+    model = make_model()
+    decayed, spared = (group["params"] for group in cc.make_optimizer(model, model.settings).param_groups)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert len(decayed) + len(spared) == len(names)
+    assert {"log_tau_1", "log_tau_2", "log_tau_ctx", "b_1", "b_2"} <= {names[id(p)] for p in spared}
+    assert all(names[id(p)].endswith(("weight", "positions")) for p in decayed)
+
+
+# ---- the data -------------------------------------------------------------------------------------------------------
+
+
+def test_tokenizer_round_trip(atlas):
+    words = list(atlas.vocabulary)
+    assert words[:2] == ["<pad>", "<unk>"] and words[2:] == sorted(words[2:])
+    captions = [atlas.names[i] for i in atlas.train.tolist()]
+    tokens = cc.tokenize(captions, atlas.vocabulary)
+    back = [" ".join(words[t] for t in row if t) for row in tokens.tolist()]
+    assert back == [" ".join(cc.split_words(c)) for c in captions] and "<unk>" not in " ".join(back)
+    odd = cc.tokenize(["Latin SMALL letter zzz", "", "a " * 99], atlas.vocabulary)
+    assert odd.shape == (3, cc.MAX_WORDS)
+    assert odd[0, :5].tolist() == [atlas.vocabulary[w] for w in ("latin", "small", "letter")] + [1, 0]
+    assert odd[1, :2].tolist() == [1, 0]
+
+
+def test_splits_are_disjoint(atlas):
+    groups = list(cc.FACES.values())
+    assert len({face for group in groups for face in group}) == sum(map(len, groups))
+    assert all(face.startswith("STIXGeneral") for face in cc.FACES["test"])
+    assert not any(face.startswith("STIX") for face in cc.FACES["train"])
+    ranges = [set(range(f, f + n)) for g in cc.FACES for f, n in atlas.rows[g].tolist()]
+    assert sum(map(len, ranges)) == len(set().union(*ranges)) == len(atlas.glyphs)  # no bitmap serves two groups
+
+    full = cc.Atlas("cpu")
+    splits = [set(full.train.tolist()), *(set(m.tolist()) for m in full.validation.values())]
+    assert all(splits) and sum(map(len, splits)) == len(set().union(*splits))
+    trained = {full.names[i] for i in full.train.tolist()}
+    for script in "cyrillic armenian georgian hebrew arabic lao lisu canadian braille box playing domino hexagram".split():
+        assert sum(name.startswith(script) for name in full.names) >= 40
+        assert not any(name.startswith(script) for name in trained)
+
+    pairs = {re.sub("capital|small", "", name) for name in trained if " with " in name}
+    for i in full.validation["combinations"].tolist():  # known letter, known diacritic, never together in either case
+        name = full.names[i]
+        assert re.sub("capital|small", "", name) not in pairs
+        assert all(word in full.vocabulary for word in cc.split_words(name))
+    held_out = [c for c in map(chr, range(0xC0, 0x1F00)) if unicodedata.name(c, "").startswith("LATIN") and cc.split_of(c) == "test"]
+    assert len(held_out) > 100 and not trained & {unicodedata.name(c).lower() for c in held_out}
+
+
+def test_atlas_draws_what_its_names_say(atlas):
+    i = atlas.index["A"]
+    assert atlas.names[i] == "latin capital letter a"
+    assert [int(atlas.rows[g][i, 1]) for g in cc.FACES] == [len(cc.FACES[g]) for g in cc.FACES]
+    first, count = atlas.rows["train"][atlas.index["a"]].tolist()
+    accented, _ = atlas.rows["train"][atlas.index["à"]].tolist()
+    assert (atlas.glyphs[accented : accented + count].float() - atlas.glyphs[first : first + count].float()).abs().mean() < 10
+    assert atlas.glyphs.flatten(1).amax(1).min() > 64  # nothing blank
+
+
+def test_cards_are_deterministic_under_a_seed_and_vary_otherwise(atlas):
+    def draw(seed, group="train"):
+        return cc.draw_cards(atlas, atlas.train[:64], group, torch.Generator().manual_seed(seed))
+
+    (a, n), (b, m), (c, k) = draw(0), draw(0), draw(1)
+    assert torch.equal(a, b) and torch.equal(n, m)
+    assert not torch.equal(a, c) and not torch.equal(n, k)
+    assert a.shape == (64, 1, 32, 32) and a.dtype == torch.float32 and -0.6 < a.min() and a.max() < 1.6
+    same_character = cc.draw_cards(atlas, atlas.train[:1].repeat(64), "train", torch.Generator().manual_seed(0))
+    assert len(same_character[1].unique(dim=0)) > 55 and len(same_character[0].flatten(1).unique(dim=0)) == 64
+    assert set(n.unique().tolist()) == set(range(10))
+
+
+def test_captions_name_character_and_number(atlas):
+    words = list(atlas.vocabulary)
+    for share in (0.0, 0.5, 1.0):
+        settings = cc.Settings(batch_size=400, number_share=share)
+        _, tokens = cc.draw_batch(atlas, settings, torch.Generator().manual_seed(0))
+        captions = [" ".join(words[t] for t in row if t) for row in tokens.tolist()]
+        named = [c for c in captions if re.search(r" number( (%s)){3}$" % "|".join(cc.NUMERALS), c)]
+        assert abs(len(named) / 400 - share) < 0.08 and (share == 0.5 or len(named) == 400 * share)
+        names = {" ".join(cc.split_words(atlas.names[i])) for i in atlas.train.tolist()}
+        assert {c.split(" number ")[0] if c in named else c for c in captions} <= names
+
+
+def test_the_number_on_the_card_is_the_one_returned(atlas):
+    """Cards of one character differ least, on average, in the place of equal digits."""
+    images, numbers = cc.draw_cards(atlas, atlas.train[:1].repeat(3000), "train", torch.Generator().manual_seed(0))
+    ink = (images - images.flatten(1).median(1).values[:, None, None, None]).abs()[:, 0, 23:, 12:20].flatten(1)  # middle digit
+    means = torch.stack([ink[numbers[:, 1] == d].mean(0) for d in range(10)])
+    halves = torch.stack([ink[1500:][numbers[1500:, 1] == d].mean(0) for d in range(10)])
+    centred = [torch.nn.functional.normalize(m - m.mean(0), dim=1) for m in (means, halves)]
+    assert (centred[0] @ centred[1].T).argmax(1).tolist() == list(range(10))
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments, cwd=None, **environment):
+    """The script as a user runs it -> completed process with text output."""
+    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ | environment, timeout=300)
+
+
+def train(atlas, out, objective="clixp", **changes):
+    out.mkdir(parents=True, exist_ok=True)
+    extra = {k: changes.pop(k) for k in ("resume", "init", "compile") if k in changes}
+    settings = {"steps": 30, "batch_size": 32, "width": 32, "precision": "float32"} | changes
+    return cc.train(cc.Settings(objective=objective, **settings), atlas, out, **extra)
+
+
+def weights(path):
+    return cc.read_checkpoint(path)["model"]
+
+
+@pytest.mark.parametrize("objective", ["clip", "siglip", "clixp", "siglixp"])
+def test_a_short_run_lowers_the_loss(atlas, tmp_path, objective):
+    result = train(atlas, tmp_path, objective, steps=60, batch_size=64, number_share=0.0, characters=0)
+    log = list(csv.DictReader(open(tmp_path / f"{objective}.csv")))
+    assert [int(row["step"]) for row in log] == list(range(10, 61, 10))
+    first, last = (float(log[i]["loss"]) for i in (0, -1))
+    assert last < first - 0.2 and last == pytest.approx(result["loss"])
+    assert first == pytest.approx(cc.chance_loss(cc.Settings(objective, batch_size=64)), rel=0.2)
+    assert (float(log[-1]["context_loss"]) > 0) == objective.endswith("xp")
+    assert 0 <= result["zero-shot"] <= 100 and result[16] > result[1] > 100 / 64
+
+
+def test_base_and_context_runs_see_the_same_batches(atlas, tmp_path, monkeypatch):
+    seen, draw = [], cc.draw_batch
+    monkeypatch.setattr(cc, "draw_batch", lambda *a: seen.append(draw(*a)) or seen[-1])
+    for objective in ("clip", "clixp"):
+        train(atlas, tmp_path, objective, steps=4)
+    assert len(seen) == 8
+    for a, b in zip(seen[:4], seen[4:]):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    assert not torch.equal(seen[0][0], seen[1][0])
+
+
+def test_alpha_one_is_the_base_run(atlas, tmp_path):
+    """Same weights, same batches: with no weight on the context loss, the encoders end bit for bit as the base's."""
+    train(atlas, tmp_path, "clip", steps=5)
+    train(atlas, tmp_path, "clixp", steps=5, alpha=1.0)
+    a, b = weights(tmp_path / "clip.pt"), weights(tmp_path / "clixp.pt")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_killed_and_resumed_is_bit_for_bit_never_interrupted(atlas, tmp_path, monkeypatch):
+    train(atlas, tmp_path / "whole", steps=40)
+    monkeypatch.setattr(cc, "SAVE_EVERY", 10)
+    step, done = cc.training_step, []
+
+    def killed(*args):
+        done.append(1)
+        if len(done) == 27:
+            raise KeyError("killed")
+        return step(*args)
+
+    monkeypatch.setattr(cc, "training_step", killed)
+    with pytest.raises(KeyError):
+        train(atlas, tmp_path / "parts", steps=40)
+    assert cc.read_checkpoint(tmp_path / "parts/clixp.pt")["log"][-1][0] == 20
+    result = train(atlas, tmp_path / "parts", steps=40, resume=True)
+    assert len(done) == 27 + 20
+    whole, parts = (cc.read_checkpoint(tmp_path / d / "clixp.pt") for d in ("whole", "parts"))
+    assert all(torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"])
+    for a, b in zip(whole["optimizer"]["state"].values(), parts["optimizer"]["state"].values()):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert torch.equal(whole["random"]["batches"], parts["random"]["batches"])
+    assert [row[:-1] for row in whole["log"]] == [row[:-1] for row in parts["log"]]  # all but the speed
+    assert train(atlas, tmp_path / "parts", steps=40, resume=True) == result  # a finished run stays as it is
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, number):
+    arguments = [*SMALL, "--steps", "100000", "--objective", "clip", "--out", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, SCRIPT, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert "chance-level" in process.stdout.readline()
+    time.sleep(2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"python {SCRIPT} {' '.join(arguments)} --resume" in errors and "Traceback" not in errors
+    saved = cc.read_checkpoint(tmp_path / "clip.pt")
+    assert saved["log"][-1][0] >= 10 and saved["result"] is None
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(atlas, tmp_path, monkeypatch):
+    monkeypatch.setattr(cc, "SAVE_EVERY", 10)
+    draw, drawn = cc.draw_batch, []
+
+    def broken(*args):
+        images, tokens = draw(*args)
+        drawn.append(1)
+        return images * (math.nan if len(drawn) > 15 else 1), tokens
+
+    monkeypatch.setattr(cc, "draw_batch", broken)
+    with pytest.raises(cc.UserError, match=r"no longer finite at step 20: .*clixp.pt keeps the last good step"):
+        train(atlas, tmp_path)
+    saved = cc.read_checkpoint(tmp_path / "clixp.pt")
+    assert saved["log"][-1][0] == 10 and all(p.isfinite().all() for p in saved["model"].values())
+
+
+def test_a_failed_save_keeps_the_last_checkpoint(atlas, tmp_path, monkeypatch):
+    train(atlas, tmp_path, steps=5)
+    before = (tmp_path / "clixp.pt").read_bytes()
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(cc.UserError, match="cannot write .*clixp.pt .*No space left"):
+        train(atlas, tmp_path, steps=6)
+    assert (tmp_path / "clixp.pt.bak").read_bytes() == before  # and an earlier run is never lost
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_it_warns_when_the_loss_stays_at_chance(atlas, tmp_path, capsys):
+    train(atlas, tmp_path, steps=100, batch_size=8, lr=0.0)
+    assert capsys.readouterr().out.count("is still at chance") == 1
+
+
+def test_post_training_starts_from_the_finished_model(atlas, tmp_path):
+    train(atlas, tmp_path, "clip")
+    trained = weights(tmp_path / "clip.pt")
+    finished = cc.read_checkpoint(tmp_path / "clip.pt")
+    train(atlas, tmp_path, "clixp", init=finished, lr=0.0, steps=1)
+    continued = weights(tmp_path / "clixp.pt")
+    assert all(torch.equal(trained[k], continued[k]) for k in trained if "2" not in k.split("_")[-1] and k != "log_tau_ctx")
+    assert continued["log_tau_2"] == trained["log_tau_1"] != pytest.approx(math.log(1 / 0.07), abs=1e-6)
+    for changes in ({"objective": "siglixp"}, {"width": 64}, {"encoder": "vit"}):
+        with pytest.raises(cc.UserError, match="encoder, width, vocabulary or kind of loss is not this run's"):
+            train(atlas, tmp_path / "other", init=finished, **changes)
+
+
+def test_validation_uses_its_own_cards_and_nests_its_supports(atlas, monkeypatch):
+    drawn, draw = [], cc.draw_cards
+    monkeypatch.setattr(cc, "draw_cards", lambda *a: drawn.append(a) or draw(*a))
+    torch.manual_seed(0)
+    model = cc.ContextCLIP(cc.Settings(width=32), atlas.vocabulary).eval()
+    one, two = cc.validate(model, atlas, shots=(1, 4, 16)), cc.validate(model, atlas, shots=(4, 16))
+    assert {a[2] for a in drawn} == {"validation"}
+    assert not {i for a in drawn for i in a[1].tolist()} & set(atlas.train.tolist())
+    assert one[4] == two[4] and one[16] == two[16]  # the same episode with and without the 1-shot column
+    assert one[16] == pytest.approx(np.mean([t[16] for t in one["tasks"].values()]))
+
+
+def test_prototypes_by_hand():
+    support = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    p = cc.prototypes(support, torch.tensor([0, 0, 1]), 2)
+    torch.testing.assert_close(p, torch.tensor([[0.5**0.5, 0.5**0.5], [0.0, -1.0]]))
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+def test_the_default_command_trains_both_and_prints_the_table(tmp_path):
+    done = run("--dry-run", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"clip: cpu, \w+, [\d,]+ parameters, \d+ characters, 20 steps of 64; chance-level loss 4.159", done.stdout)
+    for objective in ("clip", "clixp"):
+        assert re.search(rf"^ *{objective}( +[\d.,]+){{7}}$", done.stdout, re.M)
+        assert (tmp_path / f"runs/dry-run/{objective}.pt").exists() and (tmp_path / f"runs/dry-run/{objective}.csv").exists()
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["dry-run"]
+
+
+def test_profile_and_figure(tmp_path, capsys):
+    cc.main([*SMALL, "--profile", "--out", str(tmp_path / "runs")])
+    assert re.search(r"full step +[\d.]+ ms +100%\nencoders +[\d.]+ ms +\d+%\ncards.*\nloss", capsys.readouterr().out)
+    cc.main([*SMALL, "--figure", str(tmp_path / "cards.png"), "--out", str(tmp_path / "runs")])
+    assert Image.open(tmp_path / "cards.png").size[0] > 800
+
+
+def test_compile_falls_back_to_the_plain_model(tmp_path):
+    done = run(*SMALL, "--objective", "clip", "--compile", "--out", tmp_path, CXX="/nowhere/c++", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "c"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "clip.pt").exists()
+
+
+BAD = {
+    "objective": (["--objective", "clop"], "--objective clop: choose from clip, siglip, clixp, siglixp"),
+    "encoder": (["--encoder", "rnn"], "--encoder rnn"),
+    "batch": (["--batch-size", "1"], "--batch-size 1: it must lie between 2"),
+    "alpha above": (["--alpha", "1.5"], "--alpha 1.5: it must lie between 0 and 1"),
+    "alpha below": (["--alpha", "-0.1"], "--alpha -0.1"),
+    "alpha nan": (["--alpha", "nan"], "--alpha nan"),
+    "not a number": (["--steps", "many"], "invalid int value: 'many'"),
+    "width": (["--width", "50"], "--width 50: it must be a multiple of 32"),
+    "flag": (["--bogus"], "unrecognized arguments: --bogus"),
+    "cuda": (["--device", "cuda"], "--device cuda: there is no such device here"),
+    "device": (["--device", "toaster"], "--device toaster: there is no such device here"),
+    "out": (["--out", "{tmp}/file/runs"], "/file/runs cannot be written"),
+    "init missing": (["--init", "{tmp}/none.pt"], "there is no checkpoint"),
+    "init foreign": (["--init", "{tmp}/file"], "file is not a checkpoint of contextclip"),
+    "init other version": (["--init", "{tmp}/old.pt"], "old.pt was written by another version of contextclip (contextclip-0"),
+    "resume foreign": (["--resume", "--out", "{tmp}"], "clip.pt is not a checkpoint"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_2(case, tmp_path, capsys, monkeypatch):
+    if "cuda" in case and torch.cuda.is_available():
+        pytest.skip("CUDA works here")
+    monkeypatch.chdir(tmp_path)
+    arguments, message = BAD[case]
+    (tmp_path / "file").write_text("not a checkpoint")
+    (tmp_path / "clip.pt").write_text("nor this")
+    torch.save({"format": "contextclip-0"}, tmp_path / "old.pt")
+    with pytest.raises(SystemExit) as exit:
+        cc.main([a.format(tmp=tmp_path) for a in arguments])
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "drawing glyphs" not in line]
+    assert exit.value.code == 2 and len(errors) == 1 and message in errors[0]
+    assert (tmp_path / "clip.pt").read_text() == "nor this"
+
+
+def test_resume_with_other_settings_is_refused(atlas, tmp_path):
+    train(atlas, tmp_path)
+    with pytest.raises(cc.UserError, match="clixp.pt was made with lr = 0.002, this run has 0.001"):
+        train(atlas, tmp_path, lr=1e-3, resume=True)
+
+
+# ---- as a library, as the README shows it ---------------------------------------------------------------------------
+
+
+def test_encoding_images_and_captions_with_a_trained_checkpoint(atlas, tmp_path):
+    train(atlas, tmp_path)
+    card = cc.draw_cards(atlas, atlas.train[:1], "train", torch.Generator().manual_seed(0))[0][0, 0]
+    Image.fromarray((255 * card.clamp(0, 1)).byte().numpy()).resize((64, 48)).convert("RGB").save(tmp_path / "a.png")
+    model = cc.load(tmp_path / "clixp.pt")
+    images = torch.stack([cc.preprocess(Image.open(path)) for path in [tmp_path / "a.png"] * 2])
+    x = model.encode_image(images, normalize=True)
+    t = model.encode_text(cc.tokenize(["latin small letter a", "an unknown thing"], model.vocabulary), normalize=True)
+    assert (x @ t.T).shape == (2, 2) and not x.requires_grad
+    torch.testing.assert_close(x.norm(dim=1), torch.ones(2))
