@@ -5,7 +5,7 @@ An open reimplementation of Roth, Akata, Damen, Balažević, Hénaff, "Context-A
 6 training, 7 command line.
 
     python contextclip.py                      train the base model, then the context-aware one, and compare them
-    python contextclip.py --objective clixp    train one of clip, siglip, clixp, siglixp
+    python contextclip.py --objective siglixp  train one of clip, siglip, clixp, siglixp, or several: siglip,siglixp
     python contextclip.py --help               every setting
 
 Nothing is downloaded: the images are glyph cards, drawn from the typefaces that come with matplotlib, and their captions
@@ -36,6 +36,8 @@ from matplotlib import pyplot as plt
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
+from torch.nn.utils import get_total_norm
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.benchmark import Timer
 from torchvision import transforms
 from torchvision.models import VisionTransformer
@@ -47,32 +49,29 @@ MAX_WORDS = 32  # of a caption; more are cut off
 SCALE_RANGE = (1.0, 100.0)  # of tau_1 and tau_2, clamped after every step
 TAU_CTX_RANGE = (0.02, 2.0)  # of tau_ctx sqrt(d): below, one neighbour takes all; above, all images weigh the same
 
-
 class UserError(ValueError):
     """A mistake of the user's: the command line prints it as one line and exits with status 2."""
 
-
 def option(default, help, low=0, high=math.inf, choices=()):
     return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
-
 
 @dataclass
 class Settings:
     """All that decides what a run computes; every field is a flag, and checkpoints store them. Raises UserError."""
 
-    objective: str = option("clip", "the loss; *xp: with context", choices=("clip", "siglip", "clixp", "siglixp"))
-    encoder: str = option("cnn", "of images", choices=("cnn", "vit"))
+    objective: str = option("clip", "the loss, *xp with context; one or more of", choices=("clip", "siglip", "clixp", "siglixp"))
+    encoder: str = option("cnn", "of images:", choices=("cnn", "vit"))
     seed: int = option(0, "of the initial weights and of every batch")
-    steps: int = option(1000, "optimiser steps", low=1)
-    batch_size: int = option(512, "B; the other B - 1 images are an image's context", low=2)
-    lr: float = option(2e-3, "peak learning rate of AdamW, between a linear warm-up and a cosine to 0")
+    steps: int = option(700, "optimiser steps", low=1)
+    batch_size: int = option(1024, "B; the other B - 1 images are an image's context", low=2)
+    lr: float = option(1e-3, "peak learning rate of AdamW, between a linear warm-up and a cosine to 0")
     weight_decay: float = option(0.1, "of matrices; temperatures, biases and gains have none")
     width: int = option(128, "d, of the embeddings and the encoders; a multiple of 32", low=32)
     alpha: float = option(0.9, "weight of the plain loss; the context loss has 1 - alpha", high=1)
     tau_ctx: float = option(0.13, "start of tau_ctx sqrt(d); at 1 the attention is uniform", *TAU_CTX_RANGE)
     number_share: float = option(1.0, "share of captions that name the card's number", high=1)
-    characters: int = option(0, "how many characters to train on, 0 for all")
-    precision: str = option("auto", "of the encoders; losses are float32", choices=("auto", "float32", "bf16"))
+    characters: int = option(400, "how many to train on, 0 for all; an image's context needs others of its kind")
+    precision: str = option("auto", "of the encoders (losses are float32):", choices=("auto", "float32", "bf16"))
     no_mask: bool = option(False, "ablation: an image may attend to itself")
     shared_temperature: bool = option(False, "ablation: tau_1 (and b_1) serve the context loss too")
     detach_values: bool = option(False, "ablation: no gradient into the values V")
@@ -91,20 +90,16 @@ class Settings:
         if self.width % 32:
             raise UserError(f"--width {self.width}: it must be a multiple of 32")
 
-
 def flag_of(field):
     return "--" + field.name.replace("_", "-")
 
-
 # ---- 1. Contrastive losses ------------------------------------------------------------------------------------------
-
 
 def clip_loss(x, t, tau):
     """Softmax contrastive loss, InfoNCE (Radford et al. 2021): logits s_ij = tau x_i.t_j, the mean of the cross-entropies
     over rows and over columns, targets the diagonal. x, t (B, d) normalised, paired by row. Returns nats."""
     logits, target = tau * x @ t.T, torch.arange(len(x), device=x.device)  # (B, B)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
 
 def siglip_loss(x, t, tau, b):
     """Sigmoid contrastive loss (Zhai et al. 2023): -(1/B) sum_ij log sigmoid(z_ij s_ij) with s_ij = tau x_i.t_j + b,
@@ -113,16 +108,13 @@ def siglip_loss(x, t, tau, b):
     z = 2 * torch.eye(len(x), dtype=x.dtype, device=x.device) - 1
     return -F.logsigmoid(z * logits).sum() / len(x)
 
-
 def chance_loss(settings):
     """The loss, in nats, of a model that cannot tell pairs apart: ln B for the softmax; for the sigmoid that of its best
     constant logit, -ln(B - 1), about ln B + 1. A run whose loss stays here has learned nothing."""
     B = settings.batch_size
     return math.log(B) + ((B - 1) * math.log(B / (B - 1)) if settings.sigmoid else 0)
 
-
 # ---- 2. Context -----------------------------------------------------------------------------------------------------
-
 
 def attention(x, tau_ctx, mask=True):
     """softmax_j( x_i.K_j / (tau_ctx sqrt(d)) ) with keys K = x: how much of image j goes into the context of image i.
@@ -134,7 +126,6 @@ def attention(x, tau_ctx, mask=True):
         scores = scores.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), -math.inf)
     return scores.softmax(dim=1)
 
-
 def contextualize(v, tau_ctx, mask=True, detach_values=False, normalize_values=False):
     """x_ctx_i = softmax_j( x_i.K_j / (tau_ctx sqrt(d)) ) V, j != i: every image rebuilt by attention over the others.
 
@@ -145,7 +136,6 @@ def contextualize(v, tau_ctx, mask=True, detach_values=False, normalize_values=F
     values = x if normalize_values else v
     values = values.detach() if detach_values else values
     return attention(x, tau_ctx, mask) @ values
-
 
 def lixp_loss(v, t, model, settings):
     """L_LIxP = alpha L(X, T; tau_1) + (1 - alpha) L(X_ctx, T; tau_2); the base objectives are L(X, T; tau_1) alone.
@@ -168,14 +158,11 @@ def lixp_loss(v, t, model, settings):
     context = loss(x_ctx, *own)
     return torch.stack((settings.alpha * plain + (1 - settings.alpha) * context, plain, context))
 
-
 # ---- 3. Encoders ----------------------------------------------------------------------------------------------------
-
 
 def transformer(width, depth):
     layer = nn.TransformerEncoderLayer(width, width // 32, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
     return nn.TransformerEncoder(layer, depth, norm=nn.LayerNorm(width), enable_nested_tensor=False)
-
 
 def cnn(width):
     """(B, 1, 32, 32) -> (B, d). No batch norm: an embedding depends on its image alone, context enters by the loss. No
@@ -192,14 +179,12 @@ def cnn(width):
         *(nn.GroupNorm(1, width), nn.ReLU(), nn.Flatten(), nn.Linear(16 * width, width)),
     )
 
-
 def vit(width):
     """(B, 1, 32, 32) -> (B, d): torchvision's, on 16 patches of 8 x 8 pixels and a class token, four layers deep."""
     model = VisionTransformer(IMAGE_SIZE, 8, 4, width // 32, width, 4 * width, num_classes=width)
     model.conv_proj = nn.Conv2d(1, width, 8, stride=8)  # grey
     nn.init.normal_(model.heads.head.weight, std=width**-0.5)  # its own start, zero, cannot be normalised
     return model
-
 
 class ContextCLIP(nn.Module):
     """The image encoder, the text encoder, and the temperatures and biases of the losses. Every objective has the same
@@ -248,21 +233,17 @@ class ContextCLIP(nn.Module):
         self.log_tau_2.clamp_(*map(math.log, SCALE_RANGE))
         self.log_tau_ctx.clamp_(*(math.log(tau / self.settings.width**0.5) for tau in TAU_CTX_RANGE))
 
-
 def split_words(caption):
     return re.findall(r"[\w-]+", caption.lower())
-
 
 def build_vocabulary(captions):
     """{word: token} of all words of the captions: 0 is padding, 1 any unknown word, the rest in alphabetical order."""
     return {word: i for i, word in enumerate(["<pad>", "<unk>", *sorted({w for c in captions for w in split_words(c)})])}
 
-
 def tokenize(captions, vocabulary):
     """N captions -> tokens (N, L) int64, L the longest, cut at MAX_WORDS; an empty caption is one unknown word."""
     rows = [torch.tensor([vocabulary.get(w, 1) for w in split_words(c)[:MAX_WORDS]] or [1]) for c in captions]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
-
+    return pad_sequence(rows, batch_first=True)
 
 # ---- 4. Data: glyph cards -------------------------------------------------------------------------------------------
 
@@ -277,7 +258,6 @@ VALIDATION = {"phonetic letters": (0x250, 0x2B0), "modifier letters": (0x2B0, 0x
 TRAINED = re.compile(r"digit \w+|latin (capital|small) letter [a-z]( with .+)?|greek (capital|small) letter \w+")
 NUMERALS = "zero one two three four five six seven eight nine".split()
 
-
 def split_of(character):
     """Which split a character belongs to: 'train', 'test', or the name of a validation task. Of the Latin letters with a
     diacritic one in ten validates and two in ten test, capital and small letter alike; the other scripts test."""
@@ -289,7 +269,6 @@ def split_of(character):
         tenth = zlib.crc32(re.sub("capital|small", "", name).encode()) % 10
         return "combinations" if tenth == 0 else "test" if tenth < 3 else "train"
     return "train" if TRAINED.fullmatch(name) or 0x2190 <= code < 0x21D0 or 0x2200 <= code < 0x2240 else "test"
-
 
 class Atlas:
     """Every character that at least four of the typefaces draw, rendered once per typeface: N characters, G bitmaps.
@@ -331,23 +310,23 @@ class Atlas:
         self.glyphs = torch.from_numpy(np.stack(glyphs)).to(device)
         self.rows = {group: torch.tensor(row, device=device) for group, row in rows.items()}
 
-        members = {split: [] for split in ("train", "test", "combinations", *VALIDATION)}
-        for i, character in enumerate(characters):
-            split = split_of(character)
-            if rows["train" if split == "train" else "validation"][i][1]:  # its typefaces draw it
-                members[split].append(i)
-        train = sorted(members["train"], key=lambda i: (" with " in self.names[i], zlib.crc32(self.names[i].encode())))
-        self.train = torch.tensor(train[: limit or None], device=device)
-        self.vocabulary = build_vocabulary([self.names[i] for i in self.train] + NUMERALS + ["number"])
+        def members(split, group):  # those that a typeface of the group draws
+            return [i for i, c in enumerate(characters) if split_of(c) == split and rows[group][i][1]]
+
+        train = members("train", "train")
+        train.sort(key=lambda i: (" with " in self.names[i], zlib.crc32(self.names[i].encode())))
+        train = train[: limit or None]
+        self.train = torch.tensor(train, device=device)
+        self.vocabulary = build_vocabulary([self.names[i] for i in train] + NUMERALS + ["number"])
         self.validation = {}
         for task in ("combinations", *VALIDATION):
+            classes = members(task, "validation")
             if task == "combinations":  # of a letter and a diacritic that are trained, but never together
-                members[task] = [i for i in members[task] if all(w in self.vocabulary for w in split_words(self.names[i]))]
-            if members[task]:  # every second, third, ... of them, so that they are 64 at most
-                self.validation[task] = torch.tensor(members[task][:: -(-len(members[task]) // 64)], device=device)
+                classes = [i for i in classes if set(split_words(self.names[i])) <= self.vocabulary.keys()]
+            if classes:  # every second, third, ... of them, so that they are 64 at most
+                self.validation[task] = torch.tensor(classes[:: -(-len(classes) // 64)], device=device)
         self.words = F.pad(tokenize(self.names, self.vocabulary), (0, 4)).to(device)
         self.numerals = torch.tensor([self.vocabulary[w] for w in NUMERALS], device=device)
-
 
 def draw_cards(atlas, characters, group, generator):
     """Draw one card each: the character above a random three-digit number, both in random typefaces of `group`, turned,
@@ -382,7 +361,6 @@ def draw_cards(atlas, characters, group, generator):
     noise = 0.05 * torch.randn(card.shape, device=device, generator=generator)
     return torch.lerp(paper, pen, ink) + shade + noise, numbers
 
-
 def draw_batch(atlas, settings, generator):
     """One training batch: images (B, 1, 32, 32), tokens (B, L) of "latin small letter a, number four seven one"."""
     B, device = settings.batch_size, atlas.train.device
@@ -394,20 +372,16 @@ def draw_batch(atlas, settings, generator):
     end = (words != 0).sum(1, keepdim=True) + torch.arange(4, device=device)
     return images, words.scatter(1, end, number * named)
 
-
 # PIL image -> (1, 32, 32) float32 in [0, 1]
 preprocess = transforms.Compose(
     [transforms.Grayscale(), transforms.Resize(IMAGE_SIZE), transforms.CenterCrop(IMAGE_SIZE), transforms.ToTensor()]
 )
 
-
 # ---- 5. Validation --------------------------------------------------------------------------------------------------
-
 
 def prototypes(support, labels, classes):
     """Class means of a support, normalised again. support (S, d) normalised, labels (S,) -> P (classes, d)."""
     return F.normalize(F.one_hot(labels, classes).to(support).T @ support, dim=-1)
-
 
 @torch.no_grad()
 def validate(model, atlas, shots=(1, 4, 16), queries=16, seed=0):
@@ -432,12 +406,10 @@ def validate(model, atlas, shots=(1, 4, 16), queries=16, seed=0):
             zero_shot = accuracy(model.encode_text(atlas.words[members], normalize=True))
     return {"zero-shot": zero_shot, **{k: sum(t[k] for t in tasks.values()) / len(tasks) for k in shots}, "tasks": tasks}
 
-
 # ---- 6. Training ----------------------------------------------------------------------------------------------------
 
 LOG_EVERY, SAVE_EVERY = 10, 100  # steps; the loop waits for the device only to log, and saves only what it has logged
 COLUMNS = "step loss plain_loss context_loss tau_1 tau_2 tau_ctx_sqrt_d b_1 b_2 images_per_second".split()
-
 
 def choose_device(name="auto"):
     """A torch device that works, with its global switches set. Raises UserError."""
@@ -452,7 +424,6 @@ def choose_device(name="auto"):
     torch.backends.mha.set_fastpath_enabled(False)  # evaluate with the kernels that trained
     return device
 
-
 def use_bf16(settings, device):
     """Whether the encoders run in bf16: where the hardware multiplies it; elsewhere it is slower than float32."""
     if settings.precision != "auto":
@@ -462,13 +433,11 @@ def use_bf16(settings, device):
     features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
-
 def make_optimizer(model, settings):
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]  # temperatures, biases, gains
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98), fused=True)
-
 
 def training_step(model, forward, optimizer, images, tokens, lr, bf16):
     """One update; `forward` is the model or its compiled form. Returns `lixp_loss`'s three numbers, on the device."""
@@ -483,7 +452,6 @@ def training_step(model, forward, optimizer, images, tokens, lr, bf16):
     model.clamp_temperatures()
     return losses.detach()
 
-
 def read_checkpoint(path):
     """The dictionary that `train` saved. Raises UserError where there is none, or one of another version."""
     try:
@@ -497,14 +465,12 @@ def read_checkpoint(path):
         raise UserError(f"{path} was written by another version of contextclip ({version}; this one reads {FORMAT})")
     return content
 
-
 def load(path, device="cpu"):
     """A trained model for use, with its `vocabulary` for `tokenize`. Raises UserError if `path` is no checkpoint."""
     content = read_checkpoint(path)
     model = ContextCLIP(Settings(**content["settings"]), {word: i for i, word in enumerate(content["vocabulary"])})
     model.load_state_dict(content["model"])
     return model.to(device).eval().requires_grad_(False)
-
 
 def initialize(model, source):
     """Post-training: start from the weights of a checkpoint's content; a base model's tau_1 and b_1 start both losses.
@@ -516,7 +482,6 @@ def initialize(model, source):
     if not settings.context:
         weights = weights | {"log_tau_2": weights["log_tau_1"], "b_2": weights["b_1"], "log_tau_ctx": own["log_tau_ctx"]}
     model.load_state_dict(weights)
-
 
 def train(settings, atlas, out, resume=False, init=None, compile=False):
     """Train one model on the atlas's device, from the weights of `init` (a checkpoint's content) if given; write
@@ -586,7 +551,7 @@ def train(settings, atlas, out, resume=False, init=None, compile=False):
             if step % LOG_EVERY and step < settings.steps:
                 continue
             mean = (losses / (step - logged)).tolist()
-            if not all(p.isfinite().all() for p in (losses, *model.parameters())):
+            if not math.isfinite(mean[0]) or not get_total_norm(model.parameters()).isfinite():
                 kept = f"{path} keeps the last good step" if path.exists() else "nothing was saved yet"
                 raise UserError(f"the loss is no longer finite at step {step}: {kept}; try a lower --lr")
             elapsed, begin = time.perf_counter() - begin, time.perf_counter()
@@ -612,39 +577,27 @@ def train(settings, atlas, out, resume=False, init=None, compile=False):
     save(result)
     return result
 
-
 def profile(settings, atlas):
-    """Print how a training step's time divides: median milliseconds of the full step, of the encoders alone (forward and
-    backward on fixed tensors), of drawing the cards, and of the loss (forward and backward)."""
+    """Print how a training step's time divides: medians in milliseconds of the full step, of the encoders alone (forward
+    and backward on fixed tensors), of drawing the cards, and of the loss (forward and backward)."""
     device, generator = atlas.train.device, torch.Generator(atlas.train.device).manual_seed(0)
     model = ContextCLIP(settings, atlas.vocabulary).to(device, memory_format=torch.channels_last)
-    optimizer, bf16 = make_optimizer(model, settings), use_bf16(settings, device)
-    fixed = draw_batch(atlas, settings, generator)
-
-    def encoders():
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            outputs = model(*fixed)
-        torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
-
-    def loss():
-        v, t = torch.randn(2, settings.batch_size, settings.width, device=device, requires_grad=True)
-        lixp_loss(v, t, model, settings)[0].backward()
-
-    def cards():
-        return draw_batch(atlas, settings, generator)
-
-    def step():
-        training_step(model, model, optimizer, *cards(), 0.0, bf16)
-
-    for part in (step, encoders, cards, loss):
-        timer = Timer("part()", globals={"part": part}, num_threads=torch.get_num_threads())
-        median = 1000 * timer.blocked_autorange(min_run_time=3).median
-        whole = median if part is step else whole
-        print(f"{part.__name__:9s}{median:8.1f} ms{median / whole:6.0%}")
-
+    optimizer, bf16, batch = make_optimizer(model, settings), use_bf16(settings, device), draw_batch(atlas, settings, generator)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    v, t = (torch.randn(settings.batch_size, settings.width, device=device, requires_grad=True) for _ in "vt")
+    parts = {
+        "full step": "training_step(model, model, optimizer, *draw_batch(atlas, settings, generator), 0.0, bf16)",
+        "encoders": "with autocast: out = model(*batch)\ntorch.autograd.backward(out, [torch.ones_like(o) for o in out])",
+        "cards": "draw_batch(atlas, settings, generator)",
+        "loss": "lixp_loss(v, t, model, settings)[0].backward()",
+    }
+    scope, threads = globals() | locals(), torch.get_num_threads()
+    timers = [Timer(code, globals=scope, num_threads=threads) for code in parts.values()]
+    medians = [1000 * timer.blocked_autorange(min_run_time=4).median for timer in timers]
+    for name, median in zip(parts, medians):
+        print(f"{name:9}{median:9.1f} ms{median / medians[0]:6.0%}")
 
 # ---- 7. Command line ------------------------------------------------------------------------------------------------
-
 
 def draw_figure(atlas, path, settings, rows=3, columns=6):
     """Save a picture of training cards with their captions."""
@@ -653,17 +606,15 @@ def draw_figure(atlas, path, settings, rows=3, columns=6):
     words = list(atlas.vocabulary)
     figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.3 * rows), layout="constrained")
     for axis, image, row in zip(axes.flat, images.cpu(), tokens.tolist()):
-        axis.imshow(image[0], cmap="gray", vmin=0, vmax=1)
+        axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
         caption = " ".join(words[token] for token in row if token).replace(" number", ", number")
         axis.set_title(textwrap.fill(caption, 25), fontsize=8)
         axis.axis("off")
-    figure.savefig(path, dpi=110)
-
+    figure.savefig(path, dpi=110, format="png")
 
 def fail(message):
-    print(f"contextclip: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
+    sys.stderr.write(f"contextclip: {message}\n")
+    sys.exit(2)
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Train a contrastive image-text model without and with context; compare.")
@@ -672,7 +623,7 @@ def main(arguments=None):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "default": f.default, "metavar": "X"}
         text = f"{f.metadata['help']} {', '.join(f.metadata['choices'])} (%(default)s)"
         parser.add_argument(flag_of(f), help=text, **kind)
-    parser.set_defaults(objective=None)  # both
+    parser.set_defaults(objective="clip,clixp")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (%(default)s)")
     parser.add_argument("--out", type=Path, default="runs", help="folder for checkpoints and logs (%(default)s)")
     parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="post-training: start from this model's weights")
@@ -687,14 +638,11 @@ def main(arguments=None):
         given = {f.name: getattr(args, f.name) for f in fields(Settings)}
         if args.dry_run:
             given, args.out = given | {"steps": 20, "batch_size": min(64, args.batch_size)}, args.out / "dry-run"
-        runs = [Settings(**given | {"objective": o}) for o in ([args.objective] if args.objective else ["clip", "clixp"])]
+        runs = [Settings(**given | {"objective": objective}) for objective in args.objective.split(",")]
         device = choose_device(args.device)
         init = read_checkpoint(args.init) if args.init else None
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=args.out).close()
-        except OSError as error:
-            raise UserError(f"--out {args.out} cannot be written ({error.strerror})") from None
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()  # a folder that cannot be written is known at once
         atlas = Atlas(device, args.characters)
         if args.figure:
             return draw_figure(atlas, args.figure, runs[0])
@@ -703,13 +651,14 @@ def main(arguments=None):
         results = [train(settings, atlas, args.out, args.resume, init, args.compile) for settings in runs]
     except UserError as error:
         fail(error)
+    except OSError as error:
+        fail(f"{error.filename} cannot be written: {error.strerror}")
     print("\nobjective    loss  zero-shot  1-shot  4-shot  16-shot  seconds  images/s")
     for r in results:
         print("{objective:9}{loss:8.3f}{zero-shot:11.1f}".format(**r), end="")
         print(f"{r[1]:8.1f}{r[4]:8.1f}{r[16]:9.1f}{r['seconds']:9.0f}{r['images/s']:10,.0f}")
     print(f"accuracy in % on cards of characters and typefaces never trained: {', '.join(atlas.validation)};\n"
           "few-shot by prototypes, mean over these tasks; zero-shot on the combinations")  # fmt: skip
-
 
 if __name__ == "__main__":
     main()
