@@ -247,7 +247,7 @@ def tokenize(captions, vocabulary):
 
 # ---- 4. Data: glyph cards -------------------------------------------------------------------------------------------
 
-GLYPH_HEIGHT = 23  # pixels of the card for the glyph, at 20 pixels per em, the baseline in row 18; the number is below
+GLYPH_HEIGHT = 23  # pixels of the card for the glyph, 17 per em, the baseline in row 18; the number is below
 FACES = {  # typefaces that come with matplotlib, by what they are for: a group draws nothing else
     "train": ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold",
               "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic"],
@@ -283,7 +283,7 @@ class Atlas:
         def typeface(name):  # -> its font, the codes it covers
             path = f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf"
             basic = ImageFont.Layout.BASIC  # the same bitmaps with and without libraqm
-            return ImageFont.truetype(path, 20, layout_engine=basic), set(FT2Font(path).get_charmap())
+            return ImageFont.truetype(path, 17, layout_engine=basic), set(FT2Font(path).get_charmap())
 
         typefaces = {group: [typeface(name) for name in names] for group, names in FACES.items()}
         drawn = Counter(code for group in typefaces.values() for _, covered in group for code in covered)
@@ -344,12 +344,12 @@ def draw_cards(atlas, characters, group, generator):
     numbers = torch.randint(10, (B, 3), device=device, generator=generator)
     first, count = atlas.rows[group][numbers + atlas.index["0"]].unbind(2)  # (B, 3)
     digits = atlas.glyphs[first + (uniform(0, 1, 1) * count).long()]  # one typeface for the three
-    digits = F.avg_pool2d(digits[:, :, 2:20, 8:24].float(), 2)  # half size: (B, 3, 9, 8)
+    digits = F.adaptive_avg_pool2d(digits[:, :, 5:19, 10:22].float(), (9, 8))  # two thirds the size
     card = torch.zeros(B, 1, IMAGE_SIZE, IMAGE_SIZE, device=device)
     card[:, 0, :GLYPH_HEIGHT] = glyphs
     card[:, 0, GLYPH_HEIGHT:, 4:28] = digits.transpose(1, 2).flatten(2)
 
-    angle, shear, scale = uniform(-0.2, 0.2), uniform(-0.2, 0.2), uniform(0.95, 1.2)  # radians; slope; source / result
+    angle, shear, scale = uniform(-0.2, 0.2), uniform(-0.2, 0.2), uniform(1.0, 1.2)  # radians; slope; source / result
     cos, sin, shift = scale * angle.cos(), scale * angle.sin(), uniform(-0.12, 0.12, 2)  # shift in half cards
     theta = torch.stack((cos, shear - sin, shift[:, 0], sin, cos, shift[:, 1]), 1).view(B, 2, 3)
     ink = F.grid_sample(card / 255, F.affine_grid(theta, card.shape, align_corners=False), align_corners=False)
