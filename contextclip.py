@@ -38,7 +38,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn.utils import get_total_norm
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.benchmark import Timer
 from torchvision import transforms
 from torchvision.models import VisionTransformer
 from tqdm import tqdm
@@ -580,6 +579,8 @@ def train(settings, atlas, out, resume=False, init=None, compile=False):
 def profile(settings, atlas):
     """Print how a training step's time divides: medians in milliseconds of the full step, of the encoders alone (forward
     and backward on fixed tensors), of drawing the cards, and of the loss (forward and backward)."""
+    from torch.utils.benchmark import Timer  # here, for it looks for compilers, and says so
+
     device, generator = atlas.train.device, torch.Generator(atlas.train.device).manual_seed(0)
     model = ContextCLIP(settings, atlas.vocabulary).to(device, memory_format=torch.channels_last)
     optimizer, bf16, batch = make_optimizer(model, settings), use_bf16(settings, device), draw_batch(atlas, settings, generator)
