@@ -311,8 +311,10 @@ class Atlas:
         self.glyphs = torch.from_numpy(np.stack(glyphs)).to(device)
         self.rows = {group: torch.tensor(row, device=device) for group, row in rows.items()}
 
+        splits = [split_of(c) for c in characters]
+
         def members(split, group):  # those that a typeface of the group draws
-            return [i for i, c in enumerate(characters) if split_of(c) == split and rows[group][i][1]]
+            return [i for i, s in enumerate(splits) if s == split and rows[group][i][1]]
 
         train = members("train", "train")
         train.sort(key=lambda i: (" with " in self.names[i], zlib.crc32(self.names[i].encode())))
