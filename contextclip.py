@@ -473,7 +473,7 @@ def load(path, device="cpu"):
     content = read_checkpoint(path)
     model = ContextCLIP(Settings(**content["settings"]), {word: i for i, word in enumerate(content["vocabulary"])})
     model.load_state_dict(content["model"])
-    return model.to(device).eval().requires_grad_(False)
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 def initialize(model, source):
     """Post-training: start from the weights of a checkpoint's content; a base model's tau_1 and b_1 start both losses.
