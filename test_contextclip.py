@@ -1,10 +1,12 @@
-"""Tests of contextclip.py: `python -m pytest`. Offline, on the CPU, about a minute."""
+"""Tests of contextclip.py and fewshot.py: `python -m pytest`. Offline, on the CPU, about two minutes."""
 
 import csv
 import dataclasses
+import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
+from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import contextclip as cc
+import fewshot as fs
 
 SCRIPT = str(Path(cc.__file__).resolve())
 SIZES = [2, 3, 8, 17]
@@ -619,3 +624,433 @@ def test_encoding_images_and_captions_with_a_trained_checkpoint(atlas, tmp_path)
     t = model.encode_text(cc.tokenize(["latin small letter a", "an unknown thing"], model.vocabulary), normalize=True)
     assert (x @ t.T).shape == (2, 2) and not x.requires_grad
     torch.testing.assert_close(x.norm(dim=1), torch.ones(2))
+
+
+# ---- fewshot.py: classifiers against naive loops over queries -------------------------------------------------------
+
+HYPER = {"prototypes + text": {"c": 3.0}, "Tip-Adapter": {"a": 2.0, "b": 4.0}, "Tip-X": {"a": 2.0, "b": 4.0, "g": 1.5, "temp": 0.3},
+         "plurality vote": {"k": 5}, "softmax vote": {"k": 4}, "rank vote": {"k": 6}, "linear probe": {"l2": 0.05},
+         "Tip-Adapter-F": {"a": 2.0, "b": 4.0, "lr": 0.01, "steps": 3}}  # fmt: skip
+
+
+def episode(shots=3, classes=4, queries=7, d=5, episodes=2, seed=0, dtype=torch.float64):
+    """query, support, labels, text, scale as `accuracies` gives them to a classifier."""
+    g = torch.Generator().manual_seed(seed)
+    query, support, text = (normalize(torch.randn(*shape, d, generator=g, dtype=dtype), dim=-1)
+                            for shape in ((episodes, queries), (episodes, shots * classes), (classes,)))  # fmt: skip
+    labels = torch.arange(classes).repeat(shots)
+    return query, support, labels, text, fs.text_scale(support, labels, text, 10.0)
+
+
+def naive_vote(x, support, labels, classes, k, weight):
+    """Votes of one query: Python's own sort, one neighbour at a time."""
+    cosines = [float(x @ s) for s in support]
+    nearest, scores = sorted(range(len(support)), key=lambda j: -cosines[j])[:k], [0.0] * classes
+    for rank, j in enumerate(nearest):
+        scores[labels[j]] += weight(cosines[j], rank, len(nearest))
+    return scores
+
+
+def naive_scores(method, x, support, labels, text, scale, h):
+    """Scores of one query x (d,) in one episode, written out."""
+    C, S = len(text), len(support)
+    by_class = [[support[j] for j in range(S) if labels[j] == c] for c in range(C)]
+    zero = [float(x @ t) for t in text]
+    if method == "zero-shot":
+        return zero
+    if method.startswith("prototypes"):
+        scores = []
+        for c in range(C):
+            mean = sum(by_class[c]) / len(by_class[c])
+            p = float(x @ mean / mean.square().sum().sqrt())
+            w = h["c"] / (h["c"] + scale) if h else 1.0
+            scores.append((1 - w) * zero[c] + w * p)
+        return scores
+    if method.startswith("Tip"):
+        scores = [scale * zero[c] + h["a"] * sum(math.exp(-h["b"] * (1 - float(x @ s))) for s in by_class[c]) for c in range(C)]
+        if method == "Tip-X":
+            p = [math.exp(float(x @ t) / h["temp"]) for t in text]
+            p = [value / sum(p) for value in p]
+            minus_kl = []
+            for s in support:
+                q = [math.exp(float(s @ t) / h["temp"]) for t in text]
+                minus_kl.append(-sum(a * math.log(a / (b / sum(q))) for a, b in zip(p, q)))
+            cosines = [float(x @ s) for s in support]
+            low, high = min(minus_kl), max(minus_kl)
+            for j in range(S):
+                share = (minus_kl[j] - low) / (high - low)
+                scores[labels[j]] += h["g"] * (min(cosines) + share * (max(cosines) - min(cosines)))
+        return scores
+    weight = {"plurality vote": lambda cos, rank, k: 1 + (k - rank) / (k * (k + 1)),
+              "softmax vote": lambda cos, rank, k: math.exp(cos / 0.07), "rank vote": lambda cos, rank, k: 1 / (2 + rank)}[method]  # fmt: skip
+    return naive_vote(x, support, labels, C, h["k"], weight)
+
+
+def naive_tip_adapter_f(query, support, labels, text, scale, h):
+    """One episode: every support image is left out of the cache that classifies it, one after the other."""
+    keys = support.clone().requires_grad_()
+    optimizer = torch.optim.AdamW([keys], lr=h["lr"], eps=1e-4)
+
+    def scores(x, members):
+        rows = [sum((torch.exp(-h["b"] * (1 - x @ keys[j])) for j in members if labels[j] == c), 0 * keys.sum()) for c in range(len(text))]
+        return scale * (text @ x) + h["a"] * torch.stack(rows)
+
+    for _ in range(h["steps"]):
+        loss = sum(-scores(support[i], [j for j in range(len(support)) if j != i]).log_softmax(0)[labels[i]] for i in range(len(support)))
+        optimizer.zero_grad()
+        (loss / len(support)).backward()
+        optimizer.step()
+    return torch.stack([scores(x, range(len(support))) for x in query]).detach()
+
+
+def naive_linear_probe(query, support, labels, text, scale, h):
+    """One episode: plain gradient descent, long enough."""
+    W, c = torch.zeros(len(text), support.shape[1], dtype=support.dtype), torch.zeros(len(text), dtype=support.dtype)
+    target = torch.eye(len(text), dtype=support.dtype)[labels]
+    for _ in range(4000):
+        error = ((support @ W.T + c).softmax(1) - target) / len(support)
+        W, c = W - 2.0 * (error.T @ support + h["l2"] * W), c - 2.0 * error.sum(0)
+    return query @ W.T + c
+
+
+def reference(method, query, support, labels, text, scale, h):
+    """Scores of all episodes, by loops."""
+    rows = []
+    for x, s, tau in zip(query, support, scale.flatten().tolist()):
+        if method in fs.OPTIMISED:
+            function = naive_linear_probe if method == "linear probe" else naive_tip_adapter_f
+            rows.append(function(x, s, labels, text, tau, h))
+        else:
+            rows.append(torch.tensor([naive_scores(method, q, s, labels.tolist(), text, tau, h) for q in x], dtype=query.dtype))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("method", fs.CLASSIFIERS)
+@pytest.mark.parametrize("shots", [1, 3])
+def test_classifiers_equal_naive_loops(method, shots):
+    e, h = episode(shots), HYPER.get(method, {})
+    tolerance = 1e-3 if method == "linear probe" else 1e-9
+    torch.testing.assert_close(fs.CLASSIFIERS[method](*e, **h), reference(method, *e, h), rtol=tolerance, atol=tolerance)
+
+
+def test_text_scale_equals_a_loop_and_is_0_for_captions_that_say_nothing():
+    _, support, labels, text, scale = episode(shots=5)
+    for s, chosen in zip(support, scale.flatten().tolist()):
+        def likelihood(tau):
+            return sum(float((tau * text @ x).log_softmax(0)[label]) for x, label in zip(s, labels))
+        assert chosen == max([0, *(10.0 * 2.0**i for i in range(-6, 1))], key=likelihood)
+    assert fs.text_scale(text[None], torch.arange(4), text.roll(1, 0), 10.0).item() == 0
+    assert fs.text_scale(text[None], torch.arange(4), text, 10.0).item() == 10
+
+
+def test_classifiers_by_hand():
+    x, labels, text = torch.tensor([[1.0, 0.0]]), torch.tensor([0, 1, 0, 1]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    support = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [-1.0, 0.0]])
+    scale, half = torch.tensor([[2.0]]), 0.5**0.5
+
+    def scores(method, **h):
+        return fs.CLASSIFIERS[method](x, support, labels, text, scale, **h)[0].tolist()
+
+    assert scores("zero-shot") == [0, 1]
+    assert scores("prototypes") == pytest.approx([half, -half])  # the means (1/2, 1/2) and (-1/2, 1/2)
+    assert scores("prototypes + text", c=6.0) == pytest.approx([0.75 * half, 0.25 - 0.75 * half])
+    e = math.exp(-1)  # b = 1: affinities 1, 1/e, 1/e, 1/e^2
+    assert scores("Tip-Adapter", a=3.0, b=1.0) == pytest.approx([3 * (1 + e), 2 + 3 * (e + e * e)])
+    assert scores("plurality vote", k=1) == [1.5, 0]
+    assert scores("softmax vote", k=1) == pytest.approx([math.exp(1 / 0.07), 0])
+    assert scores("rank vote", k=4) == pytest.approx([1 / 2 + 1 / 3, 1 / 4 + 1 / 5], abs=0.1)  # ranks 1 and 2 are a tie
+
+
+def test_of_equally_many_votes_the_nearer_ones_win():
+    support = normalize(torch.tensor([[1.0, 0.5], [1.0, 0.1], [1.0, 0.6], [1.0, 0.9]]), dim=1)
+    labels = torch.tensor([0, 1, 1, 0])
+    scores = fs.plurality_vote(torch.tensor([[1.0, 0.0]]), support, labels, torch.eye(2), None, k=4)
+    assert scores[0, 1] > scores[0, 0] and int(scores.floor().sum()) == 4  # two votes each; ranks 0, 2 against 1, 3
+    same = torch.tensor([[1.0, 0.0]] * 2)
+    assert fs.prototypes(same[:1], same, torch.tensor([0, 1]), torch.eye(2), None).argmax(-1) == 0  # equal scores: the first
+
+
+@pytest.mark.parametrize("method", fs.CLASSIFIERS)
+def test_one_shot_one_class_and_more_neighbours_than_support(method):
+    h = HYPER.get(method, {}) | ({"k": 100} if "vote" in method else {})
+    for shots, classes in ((1, 1), (1, 3), (2, 1)):
+        scores = fs.CLASSIFIERS[method](*episode(shots, classes), **h)
+        assert scores.shape == (2, 7, classes) and scores.isfinite().all()
+
+
+@pytest.mark.parametrize("method", fs.CLASSIFIERS)
+def test_permuting_the_classes_permutes_the_scores(method):
+    query, support, labels, text, scale = episode()
+    order = torch.tensor([2, 0, 3, 1])  # class c is called order[c]
+    scores = fs.CLASSIFIERS[method](query, support, labels, text, scale, **HYPER.get(method, {}))
+    permuted = fs.CLASSIFIERS[method](query, support, order[labels], text[order.argsort()], scale, **HYPER.get(method, {}))
+    torch.testing.assert_close(permuted[..., order], scores, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", fs.CLASSIFIERS)
+def test_random_embeddings_give_chance_and_separable_ones_100_percent(method):
+    C, shots, queries, g = 10, 4, 100, torch.Generator().manual_seed(0)
+    h = HYPER.get(method, {}) | ({"steps": 3} if method == "Tip-Adapter-F" else {})
+    noise = [normalize(torch.randn(2, n * C, 32, generator=g), dim=-1) for n in (queries, shots)]
+    text = normalize(torch.randn(C, 32, generator=g), dim=-1)
+    assert abs(fs.accuracies(method, (*noise, text, 10.0), shots, h).mean().item() - 10) < 3
+    centres = normalize(torch.randn(C, 32, generator=g), dim=-1)
+    clean = [normalize(centres.repeat(n, 1) + 0.02 * torch.randn(2, n * C, 32, generator=g), dim=-1) for n in (queries, shots)]
+    assert fs.accuracies(method, (*clean, centres, 10.0), shots, h).tolist() == [100, 100]
+
+
+def test_batched_classifiers_are_faster_than_loops_over_queries():
+    """Prints the ratio: python -m pytest -s -k faster. Ten classifiers, 8 shots of 20 classes, 2 seeds, 240 queries, d =
+    128; the reference takes one query after the other, and trains the optimised classifiers one seed after the other."""
+    e, seconds = episode(8, 20, 240, 128, dtype=torch.float32), []
+
+    def loop(method, h):
+        if method not in fs.OPTIMISED:
+            return reference(method, *e, h)
+        query, support, labels, text, scale = e
+        return [fs.CLASSIFIERS[method](*one, labels, text, tau, **h) for *one, tau in zip(query, support, scale)]
+
+    for function in (lambda method, h: fs.CLASSIFIERS[method](*e, **h), loop):
+        start = time.perf_counter()
+        for method in fs.CLASSIFIERS:
+            function(method, HYPER.get(method, {}))
+        seconds.append(time.perf_counter() - start)
+    print(f"\nbatched {seconds[0]:.2f} s, loops {seconds[1]:.2f} s: {seconds[1] / seconds[0]:.0f} times as long")
+    assert seconds[1] > 2 * seconds[0]
+
+
+# ---- fewshot.py: tasks and protocol ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with clip.pt and clixp.pt, hardly trained."""
+    out = tmp_path_factory.mktemp("runs")
+    cc.main([*SMALL, "--out", str(out)])
+    return out
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of images: ten per class, the digit's name drawn by its number of white columns, all different."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for c, name in enumerate(["3", "red_fox", "0 - zero"]):
+        (folder / name).mkdir()
+        for i in range(10):
+            Image.new("L", (32, 32), 20 * i + 5 * c).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_there_are_21_tasks_in_three_groups(atlas):
+    tasks = {task.name: task for task in fs.card_tasks(atlas)}
+    assert len(tasks) == 21 and {task.group for task in tasks.values()} == {"seen", "combined", "unseen"}
+    assert all(10 <= len(task.captions) <= fs.MOST for task in tasks.values())
+    names = {group: {c[0] for t in tasks.values() if t.group == group for c in t.captions} for group in ("seen", "combined", "unseen")}
+    trained, validated = {atlas.names[i] for i in atlas.train}, {atlas.names[i] for m in atlas.validation.values() for i in m}
+    assert names["seen"] <= trained and not (names["combined"] | names["unseen"]) & (trained | validated)
+    assert all(set(cc.split_words(name)) <= atlas.vocabulary.keys() and " with " in name for name in names["combined"])
+    assert sum(len(task.captions) for task in tasks.values()) == len(set().union(*names.values()))  # no class twice
+
+
+def test_tasks_draw_in_typefaces_of_their_own(atlas, monkeypatch):
+    used = []
+    monkeypatch.setattr(cc, "draw_cards", lambda a, members, group, g: (used.append(group), (torch.zeros(len(members), 1, 32, 32), 0))[1])
+    for task in fs.card_tasks(atlas):
+        task.draw(0, 1, 1)
+        assert set(used) == {"train" if task.group == "unseen" else "test"}
+        used.clear()
+
+
+def test_supports_are_nested_and_queries_the_same_for_all_shots(atlas):
+    task = fs.card_tasks(atlas, ["digits"])[0]
+    few, some, many = (task.draw(3, shots, 5) for shots in (2, 16, 40))
+    assert few.shape == (7, 10, 1, 32, 32) and many.shape[0] == 45
+    assert torch.equal(few, some[:7]) and torch.equal(some, many[:21])
+    assert many.flatten(0, 1).flatten(1).unique(dim=0).shape[0] == 450  # no card twice: queries are in no support
+    assert not torch.equal(few, task.draw(4, 2, 5)) and not torch.equal(few[:5], few[2:])
+
+
+def test_own_images_are_nested_disjoint_and_captioned(pictures):
+    def take(shots, seeds=(0, 1)):
+        return fs.image_task(str(pictures), ["a {}", "{}"], None, seeds, shots, 4, "cpu")
+
+    few, many = take(2), take(6)
+    assert few.captions == [["a zero", "zero"], ["a three", "three"], ["a red fox", "red fox"]]
+    for seed in (0, 1):
+        values = (255 * many.draw(seed, 6, 4)[..., 0, 0, 0]).round().int()  # (queries + shots, C), what was drawn in the files
+        assert torch.equal(few.draw(seed, 2, 4)[..., 0, 0, 0], many.draw(seed, 6, 4)[:6, ..., 0, 0, 0])
+        for c, offset in enumerate((10, 0, 5)):
+            assert sorted(values[:, c].tolist()) == [20 * i + offset for i in range(10)]  # its own images, each once
+    assert not torch.equal(many.draw(0), many.draw(1))
+
+
+def test_embeddings_and_accuracies_match_one_image_at_a_time(atlas, trained):
+    model, task = cc.load(trained / "clip.pt"), fs.card_task(atlas, "x", "seen", [atlas.index[c] for c in "ABC"], "test")
+    query, support, text, _ = fs.embed({"m": model}, task, [5, 6], shots=2, queries=4)["m"]
+    assert query.shape == (2, 12, 32) and support.shape == (2, 6, 32) and text.shape == (3, 32)
+    images = task.draw(6, 2, 4)
+    torch.testing.assert_close(query[1, 3 * 2 + 1], model.encode_image(images[2, 1][None], True)[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(support[1, 3 * 1 + 2], model.encode_image(images[5, 2][None], True)[0], atol=1e-5, rtol=0)
+    own = query.unflatten(1, (4, 3))[:, :2].flatten(1, 2)  # queries that are in the support
+    assert fs.accuracies("plurality vote", (own, own, text, 10.0), 2, {"k": 1}).tolist() == [100, 100]
+
+
+def test_no_choice_depends_on_the_labels_of_the_queries(atlas, trained):
+    models = {"clip": cc.load(trained / "clip.pt")}
+    def task(faces, roll=0):
+        members = [atlas.index[c] for c in "ABCDEFGH"]
+        honest = fs.card_task(atlas, "x", "seen", members, faces)
+        def draw(seed, shots, queries):
+            images = honest.draw(seed, shots, queries)
+            return torch.cat([images[:queries].roll(roll, 1), images[queries:]])  # the queries' labels are wrong
+        return dataclasses.replace(honest, draw=draw)
+
+    validation, methods = [task("validation")], ["prototypes", "Tip-Adapter", "rank vote", "linear probe"]
+    results = [fs.evaluate(models, [task("test", roll)], validation, methods, [1, 4], [0, 1], 4) for roll in (0, 1)]
+    assert results[0][1] == results[1][1] and results[0][0] != results[1][0]
+    assert fs.evaluate(models, [task("test")], [task("validation", 1)], methods, [1, 4], [0, 1], 4)[1] != results[0][1]
+
+
+def test_hyperparameters_are_the_best_of_their_grid(atlas, trained):
+    model = cc.load(trained / "clip.pt")
+    embedded = [fs.embed({"m": model}, fs.card_task(atlas, n, "validation", m[:8], "validation"), range(2), 4, 6)["m"]
+                for n, m in atlas.validation.items()]  # fmt: skip
+    chosen = fs.find_hyperparameters(embedded, {"Tip-X", "rank vote"}, [4])
+    assert list(chosen) == ["Tip-Adapter", "Tip-X", "rank vote"]  # Tip-X keeps Tip-Adapter's a and b
+    for method in chosen:
+        point = chosen[method][4]
+        def mean(h):
+            return sum(fs.accuracies(method, e, 4, h).mean().item() for e in embedded)
+        assert all(mean(point) >= mean(point | other) for other in fs.GRIDS[method])
+    assert {name: chosen["Tip-X"][4][name] for name in "ab"} == chosen["Tip-Adapter"][4]
+
+
+def test_interval_of_one_factor_is_students_and_of_two_covers():
+    values = np.array([[1.0, 2.0, 4.0, 5.0]])
+    for v in (values, values.T):
+        mean, width = fs.interval(v)
+        assert mean == 3 and width == pytest.approx(3.18 * values.std(ddof=1) / 2, rel=1e-3)
+    g, covered = np.random.default_rng(0), 0
+    for _ in range(1000):  # tasks and seeds each have an effect of their own
+        mean, width = fs.interval(g.normal(size=(21, 1)) + g.normal(size=(1, 5)) + g.normal(size=(21, 5)))
+        covered += abs(mean) < width
+    assert 920 < covered < 995
+
+
+def test_sample_efficiency_by_hand():
+    assert fs.efficiency([10, 20, 30], [20, 25, 40], [1, 2, 4]).tolist() == pytest.approx([2, 2**1.5 / 2, math.inf])
+    assert fs.efficiency([10, 20, 30], [10, 20, 30], [1, 2, 4]).tolist() == [1, 1, 1]
+
+
+def test_seeds_of_one_training_run_count_as_one():
+    rows = [("clip", "t", "seen", "prototypes", 1, seed, float(seed)) for seed in range(6)]
+    assert fs.tabulate(rows, 6)[0]["clip", "prototypes", 1].tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert fs.tabulate(rows, 2)[0]["clip", "prototypes", 1].tolist() == [[0.5, 2.5, 4.5]]
+
+
+# ---- fewshot.py: the command line -----------------------------------------------------------------------------------
+
+
+def test_a_small_evaluation_from_end_to_end(trained, capsys):
+    fs.main(["--out", str(trained), "--shots", "1", "2", "--seeds", "2", "--queries", "4", "--tasks", "digits", "Lisu", "Lao"])
+    printed = capsys.readouterr().out
+    with open(trained / "fewshot.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 3 * 2 * (1 + 9 * 2) and list(rows[0]) == "model task group method shots seed accuracy".split()
+    tables = printed[printed.index("zero-shot, % right"):].split("\n\n")
+    for model, table in zip(("clip", "clixp"), tables[1:3]):
+        for line in table.splitlines()[1:]:
+            for shots, value in zip("12", line[20:].split()):
+                methods = fs.SIX if line.startswith(fs.MEAN) else [line[:20].strip()]
+                mean = np.mean([float(r["accuracy"]) for r in rows if r["model"] == model and r["method"] in methods and r["shots"] == shots])
+                assert float(value) == pytest.approx(mean, abs=0.051)
+        assert len(table.splitlines()) == 1 + 9 + 1
+    assert set(json.loads((trained / "fewshot.json").read_text())[0]["clip"]) == set(fs.CLASSIFIERS) - {"zero-shot"}
+    for name in ("accuracy_vs_shots.png", "gain_per_task.png"):
+        assert Image.open(trained / name).size[0] > 500
+    for word in ("sample efficiency", "best training-free on clixp", "best optimised on clip", "clixp - clip by task"):
+        assert word in printed
+
+
+def test_the_same_evaluation_gives_the_same_rows(trained, tmp_path):
+    command = ["--checkpoint", str(trained / "clip.pt"), "--shots", "2", "--seeds", "1", "--queries", "3", "--tasks", "Lao", "--out"]
+    for name in ("a", "b"):
+        fs.main([*command, str(tmp_path / name)])
+    assert (tmp_path / "a" / "fewshot.csv").read_text() == (tmp_path / "b" / "fewshot.csv").read_text()
+
+
+def test_own_images_on_the_command_line(trained, tmp_path, pictures, capsys):
+    fs.main(["--checkpoint", *map(str, trained.glob("*.pt")), "--out", str(tmp_path), "--data", str(pictures), "--template", "digit {}",
+             "--shots", "1", "4", "--queries", "3", "--seeds", "2", "--methods", "zero-shot", *fs.SIX])  # fmt: skip
+    assert "clixp - clip" in capsys.readouterr().out and (tmp_path / "accuracy_vs_shots.png").exists()
+    assert len((tmp_path / "fewshot.csv").read_text().splitlines()) == 1 + 2 * 2 * (1 + 2 * 6)
+
+
+def test_torchvision_datasets_by_name(monkeypatch, tmp_path):
+    class Pens(torchvision.datasets.VisionDataset):
+        def __init__(self, root, split, **kwargs):
+            assert split == "letters" and kwargs["download"] and not kwargs["train"]
+            self.classes, self.labels = ["none", "a", "b"], [1, 2] * 6
+
+        def __getitem__(self, i):
+            return Image.new("RGB", (40, 20), (i, i, i)), self.labels[i]
+
+        def __len__(self):
+            return 12
+
+    class Parent(Pens):
+        def __init__(self, root, train=True, download=False):
+            super().__init__(root, "letters", train=train, download=download)
+
+    for kind in (type("Pens", (Pens, torchvision.datasets.MNIST), {"__init__": Pens.__init__}), Parent):
+        monkeypatch.setattr(torchvision.datasets, "Pens", kind, raising=False)
+        task = fs.image_task("Pens:letters", ["letter {}"], tmp_path, [0], 4, 2, "cpu")
+        assert task.captions == [["letter a"], ["letter b"]] and task.draw(0).shape == (6, 2, 1, 32, 32)
+
+
+def bad_evaluation(case, tmp_path, trained, pictures, monkeypatch):
+    """Arguments of fewshot.py that must fail, and what the message must name."""
+    own = ["--out", str(trained), "--data", str(tmp_path / "own"), "--shots", "2", "--queries", "2"]
+    if case in ("few", "broken"):
+        shutil.copytree(pictures, tmp_path / "own")
+        if case == "few":
+            for i in range(7):
+                (tmp_path / "own" / "red_fox" / f"{i}.png").unlink()
+            return own, "class red_fox has 3 images"
+        for path in (tmp_path / "own" / "3").iterdir():
+            path.write_bytes(path.read_bytes()[:40])
+        return own, str(tmp_path / "own" / "3")
+    if case == "empty":
+        (tmp_path / "own").mkdir()
+        return own, "Couldn't find any class folder"
+    if case == "foreign":
+        (tmp_path / "clip.pt").write_text("hello")
+        return ["--out", str(tmp_path)], "is not a checkpoint"
+    if case == "download":
+        def download(self):
+            raise OSError("no route to host")
+        monkeypatch.setattr(torchvision.datasets.MNIST, "download", download)
+        return ["--out", str(trained), "--data", "MNIST"], "cannot be downloaded or read (no route to host)"
+    if case == "folders":
+        shutil.copytree(trained, tmp_path / "a")
+        return ["--checkpoint", str(trained / "clip.pt"), str(tmp_path / "a" / "clixp.pt"), "--out", str(tmp_path)], "different models"
+    return {"none": (["--out", str(tmp_path)], "python contextclip.py trains some"),
+            "missing": (["--checkpoint", str(tmp_path / "no.pt")], "no.pt"),
+            "unknown": (["--out", str(trained), "--data", "MNISTY"], "neither a folder nor a dataset"),
+            "function": (["--out", str(trained), "--data", "wrap_dataset_for_transforms_v2"], "neither a folder nor a dataset"),
+            "template": (["--out", str(trained), "--template", "a digit"], "it needs a {}"),
+            "method": (["--methods", "magic"], "--methods magic: choose from zero-shot"),
+            "task": (["--tasks", "Klingon"], "--tasks Klingon: choose from digits"),
+            "shots": (["--shots", "0"], "--shots: 0 is not a whole number above 0"),
+            "flag": (["--shot-gun", "1"], "--shot-gun")}[case]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["none", "missing", "foreign", "folders", "few", "broken", "empty", "unknown", "function", "download",
+                                  "template", "method", "task", "shots", "flag"])  # fmt: skip
+def test_bad_input_of_an_evaluation_is_one_line_and_exit_2(case, tmp_path, trained, pictures, capsys, monkeypatch):
+    arguments, message = bad_evaluation(case, tmp_path, trained, pictures, monkeypatch)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        fs.main(arguments)
+    error = [line for line in capsys.readouterr().err.splitlines() if "it/s]" not in line and line.strip()]
+    assert stop.value.code == 2 and len(error) == 1 and error[0].startswith("fewshot: ") and message in error[0]
