@@ -147,8 +147,8 @@ TASKS = {  # name: group, pattern that "character name" starts with
     "small + diacritic": ("combined", ". latin small letter [a-z] with "),
     "Cyrillic": ("unseen", "[\u0410-\u044f]"), "Armenian": ("unseen", ". armenian"), "Georgian": ("unseen", ". georgian"),
     "Hebrew": ("unseen", "[\u05d0-\u05ea]"), "Arabic": ("unseen", "[\u0600-\u06ff] arabic letter"),
-    "Lao": ("unseen", ". lao"), "Lisu": ("unseen", ". lisu"), "Canadian syllabics": ("unseen", ". canadian"), "Braille": ("unseen", ". braille"),
-    "box drawing": ("unseen", ". box drawings"), "playing cards": ("unseen", ". playing card"),
+    "Lao": ("unseen", ". lao"), "Lisu": ("unseen", ". lisu"), "Canadian syllabics": ("unseen", ". canadian"),
+    "Braille": ("unseen", ". braille"), "box drawing": ("unseen", ". box drawings"), "playing cards": ("unseen", ". playing card"),
     "dominoes": ("unseen", ". domino tile"), "hexagrams": ("unseen", ". hexagram"),
 }  # fmt: skip
 
@@ -246,7 +246,7 @@ def image_task(source, templates, root, seeds, shots, queries, device):
             images.append(cc.preprocess(dataset[i][0]))
         except Exception as error:  # Pillow has many ways to fail
             path = dataset.samples[i][0] if hasattr(dataset, "samples") else f"image {i} of {source}"
-            raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]})") from None
+            raise UserError(f"{path} cannot be read ({(str(error) or type(error).__name__).splitlines()[0]})") from None
     images, place = torch.stack(images).to(device), torch.from_numpy(place.reshape(order.shape)).to(device)
 
     def readable(name):
@@ -254,7 +254,6 @@ def image_task(source, templates, root, seeds, shots, queries, device):
         return cc.NUMERALS[int(name)] if name in list("0123456789") else name
 
     captions = [[template.replace("{}", readable(name)) for template in templates] for name in names]
-    seeds = list(seeds)
     return Task(source, "own", captions, lambda seed, *_: images[place[seeds.index(seed)].T])
 
 # ---- 3. Evaluation --------------------------------------------------------------------------------------------------
@@ -262,7 +261,7 @@ def image_task(source, templates, root, seeds, shots, queries, device):
 def grid(**values):
     return [dict(zip(values, point)) for point in itertools.product(*values.values())]
 
-GRIDS = {  # the hyper-parameters, found on the validation tasks, for each model and number of shots
+GRIDS = {  # of hyper-parameters; the validation tasks decide, for each number of shots
     "prototypes + text": grid(c=[8, 16, 32, 64, 128, 256]),
     "Tip-Adapter": grid(a=[10, 30, 100], b=[2, 4, 8, 16]),
     "Tip-X": grid(g=[3, 10, 30, 100], temp=[0.1]),
@@ -299,33 +298,37 @@ def accuracies(method, embedded, shots, hyper):
     labels, support = classes.repeat(shots), support[:, : shots * len(text)]
     scale = text_scale(support, labels, text, temperature) if shots else None
     scores = CLASSIFIERS[method](query, support, labels, text, scale, **hyper)
-    return 100 * (scores.argmax(-1) == classes.repeat(query.shape[1] // len(text))).double().mean(-1)
+    return 100 * (scores.argmax(-1) == classes.repeat(query.shape[1] // len(text))).float().mean(-1)
 
-def find_hyperparameters(embedded, methods, shots):
-    """{method: {shots: hyper-parameters}}: those of GRIDS with the highest mean accuracy on the embedded validation tasks."""
+def find_hyperparameters(embedded, weights, methods, shots):
+    """{method: {shots: hyper-parameters}}: those of GRIDS with the highest accuracy, weighted, on the embedded validation
+    tasks, of equal ones the first. One choice for all models: chosen for each alone, its noise would pass for a gain."""
+
+    def mean(method, k, point):
+        pairs = [(w, e) for w, task in zip(weights, embedded) for e in task.values()]
+        return sum(w * accuracies(method, e, k, point).mean().item() for w, e in pairs)
+
     chosen = {}
     for method in sorted(methods | {KEEPS[m] for m in methods & KEEPS.keys()}, key=list(CLASSIFIERS).index):
         chosen[method] = {}
         for k in shots:
             kept = chosen[KEEPS[method]][k] if method in KEEPS else {}
             points = [kept | point for point in GRIDS.get(method, [{}])]
-            means = [sum(accuracies(method, e, k, point).mean().item() for e in embedded) for point in points] \
-                if len(points) > 1 else [0]
-            chosen[method][k] = points[int(np.argmax(means))]
+            chosen[method][k] = max(points, key=partial(mean, method, k)) if len(points) > 1 else points[0]
     return chosen
 
 def evaluate(models, tasks, validation, methods, shots, seeds, queries):
     """Rows (model, task, group, method, shots, seed, accuracy in percent) of one training run's models, zero-shot with 0
-    shots, and the hyper-parameters that the validation tasks gave, {model: {method: {shots: ...}}}."""
-    few_shot, rows, hyper = set(methods) - {"zero-shot"}, [], {}
-    embedded = [embed(models, task, range(3), max(shots), queries) for task in validation]
-    for name in tqdm(models, "hyper-parameters", leave=False):
-        hyper[name] = find_hyperparameters([e[name] for e in embedded], few_shot, shots)
+    shots, and the hyper-parameters that the validation tasks gave; those with known captions and those with unknown ones
+    count the same."""
+    few_shot, rows, groups = set(methods) - {"zero-shot"}, [], [task.group for task in validation]
+    embedded = [embed(models, task, range(3), max(shots), queries) for task in tqdm(validation, "validation", leave=False)]
+    hyper = find_hyperparameters(embedded, [1 / groups.count(group) for group in groups], few_shot, shots)
     for task in tqdm(tasks, "tasks"):
         for name, e in embed(models, task, seeds, max(shots), queries).items():
             for method in methods:
                 for k in shots if method in few_shot else [0]:
-                    values = accuracies(method, e, k, hyper[name].get(method, {}).get(k, {})).tolist()
+                    values = accuracies(method, e, k, hyper.get(method, {}).get(k, {})).tolist()
                     rows += [(name, task.name, task.group, method, k, seed, value) for seed, value in zip(seeds, values)]
     return rows, hyper
 
@@ -521,7 +524,8 @@ def main(arguments=None):
         every, own = range(args.seeds * len(runs)), (max(shots), args.queries, device)
         tasks = [image_task(args.data, args.template, args.out / "data", every, *own)] if args.data else []
         atlas = cc.Atlas(device, next(iter(runs[0].values())).settings.characters)
-        validation = [card_task(atlas, n, "validation", members, "validation") for n, members in atlas.validation.items()]
+        validation = [card_task(atlas, name, "combined" if name == "combinations" else "unseen", members, "validation")
+                      for name, members in atlas.validation.items()]  # fmt: skip
         tasks = tasks or card_tasks(atlas, names)
         found = [evaluate(models, tasks, validation, methods, shots, s, args.queries) for models, s in zip(runs, seeds)]
         rows, hyper = [row for rows, _ in found for row in rows], [hyper for _, hyper in found]
@@ -529,10 +533,9 @@ def main(arguments=None):
             csv.writer(file).writerows([("model", "task", "group", "method", "shots", "seed", "accuracy"), *rows])
         (args.out / "fewshot.json").write_text(json.dumps(hyper, indent=1))
         print(f"hyper-parameters for {shots} shots, found on the validation tasks (of the first run):")
-        for model, method in itertools.product(hyper[0], GRIDS):
-            points = [hyper[0][model][method][k] for k in shots] if method in hyper[0][model] else [{}]
-            for name in points[0]:
-                print(f"  {model:8}{method:20}{name:6}" + " ".join(f"{point[name]:g}" for point in points))
+        for method, points in hyper[0].items():
+            for name in points[shots[0]]:
+                print(f"  {method:20}{name:6}" + " ".join(f"{points[k][name]:g}" for k in shots))
         table, groups = tabulate(rows, args.seeds)
         report(table, groups)
         if any(method == MEAN for _, method, _ in table):
