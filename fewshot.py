@@ -254,7 +254,7 @@ def image_task(source, templates, root, seeds, shots, queries, device):
         return cc.NUMERALS[int(name)] if name in list("0123456789") else name
 
     captions = [[template.replace("{}", readable(name)) for template in templates] for name in names]
-    return Task(source, "own", captions, lambda seed, *_: images[place[seeds.index(seed)].T])
+    return Task(Path(source).name, "own", captions, lambda seed, *_: images[place[seeds.index(seed)].T])
 
 # ---- 3. Evaluation --------------------------------------------------------------------------------------------------
 
