@@ -384,7 +384,7 @@ def report(table, groups):
     shots, methods = sorted({key[2] for key in table} - {0}), [m for m in methods if m != "zero-shot"]
 
     def print_row(name, cells):
-        print(f"{name:20}" + "".join(f"{cell:>{12 if len(cells) > 3 else 14}}" for cell in cells))
+        print(f"{name:20}" + "".join(f" {cell:>{11 if len(cells) > 3 else 13}}" for cell in cells))
 
     def difference(base, context):
         return "{:+.1f} ± {:.1f}".format(*interval(context - base))
@@ -467,13 +467,6 @@ def fail(message):
     sys.stderr.write(f"fewshot: {message}\n")
     sys.exit(2)
 
-def subset(flag, given, known):
-    """The names given, in the known order. Raises UserError."""
-    for name in given or []:
-        if name not in known:
-            raise UserError(f"{flag} {name}: choose from {', '.join(known)}")
-    return [name for name in known if not given or name in given]
-
 def positive(text):
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
@@ -499,15 +492,15 @@ def main(arguments=None):
     add("--shots", nargs="+", type=positive, default=[1, 2, 4, 8, 16, 32], help="images per class (1 2 4 8 16 32)")
     add("--seeds", type=positive, default=5, help="draws of support and queries, per training run (%(default)s)")
     add("--queries", type=positive, default=12, help="images per class to classify (%(default)s)")
-    add("--methods", nargs="+", help=f"of {', '.join(CLASSIFIERS)} (all)")
-    add("--tasks", nargs="+", help=f"of {', '.join(TASKS)} (all)")
+    add("--methods", nargs="+", choices=CLASSIFIERS, help=f"of {', '.join(CLASSIFIERS)} (all)")
+    add("--tasks", nargs="+", choices=TASKS, help=f"of {', '.join(TASKS)} (all)")
     add("--data", help="instead of them: a folder per class, or NAME or NAME:SPLIT of a torchvision dataset")
     add("--template", nargs="+", default=["{}"], help="captions for --data, {} is the class; several are averaged")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (%(default)s)")
     add("--out", type=Path, default=Path("runs"), help="folder for results, and of the checkpoints (%(default)s)")
     args = parser.parse_args(arguments)
     try:
-        methods, names = subset("--methods", args.methods, CLASSIFIERS), subset("--tasks", args.tasks, TASKS)
+        methods = [method for method in CLASSIFIERS if method in (args.methods or CLASSIFIERS)]
         device, shots = cc.choose_device(args.device), sorted(set(args.shots))
         paths = args.checkpoint or sorted(args.out.glob("*.pt"))
         if not paths:
@@ -515,8 +508,8 @@ def main(arguments=None):
         if missing := [template for template in args.template if "{}" not in template]:
             raise UserError(f"--template {missing[0]}: it needs a {{}} for the class")
         runs = load_runs(paths, device)
-        shown = args.out != Path("runs") or args.data or args.tasks or args.methods  # other figures than the README's
-        figures = args.out if shown else Path("figures")
+        plain = vars(args) == vars(parser.parse_args([]))  # only the command without options draws the README's figures
+        figures = Path("figures") if plain else args.out
         for folder in (args.out, figures):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()  # what cannot be written is known before the work
@@ -526,7 +519,9 @@ def main(arguments=None):
         atlas = cc.Atlas(device, next(iter(runs[0].values())).settings.characters)
         validation = [card_task(atlas, name, "combined" if name == "combinations" else "unseen", members, "validation")
                       for name, members in atlas.validation.items()]  # fmt: skip
-        tasks = tasks or card_tasks(atlas, names)
+        tasks = tasks or card_tasks(atlas, [task for task in TASKS if task in (args.tasks or TASKS)])
+        if not tasks:
+            raise UserError("these models were trained on too few characters for these tasks")
         found = [evaluate(models, tasks, validation, methods, shots, s, args.queries) for models, s in zip(runs, seeds)]
         rows, hyper = [row for rows, _ in found for row in rows], [hyper for _, hyper in found]
         with open(args.out / "fewshot.csv", "w", newline="") as file:

@@ -1040,14 +1040,15 @@ def bad_evaluation(case, tmp_path, trained, pictures, monkeypatch):
             "unknown": (["--out", str(trained), "--data", "MNISTY"], "neither a folder nor a dataset"),
             "function": (["--out", str(trained), "--data", "wrap_dataset_for_transforms_v2"], "neither a folder nor a dataset"),
             "template": (["--out", str(trained), "--template", "a digit"], "it needs a {}"),
-            "method": (["--methods", "magic"], "--methods magic: choose from zero-shot"),
-            "task": (["--tasks", "Klingon"], "--tasks Klingon: choose from digits"),
+            "method": (["--methods", "magic"], "--methods: invalid choice: 'magic'"),
+            "task": (["--tasks", "Klingon"], "--tasks: invalid choice: 'Klingon'"),
             "shots": (["--shots", "0"], "--shots: 0 is not a whole number above 0"),
+            "characters": (["--out", str(trained), "--tasks", "operators"], "too few characters"),
             "flag": (["--shot-gun", "1"], "--shot-gun")}[case]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ["none", "missing", "foreign", "folders", "few", "broken", "empty", "unknown", "function", "download",
-                                  "template", "method", "task", "shots", "flag"])  # fmt: skip
+                                  "template", "method", "task", "shots", "characters", "flag"])  # fmt: skip
 def test_bad_input_of_an_evaluation_is_one_line_and_exit_2(case, tmp_path, trained, pictures, capsys, monkeypatch):
     arguments, message = bad_evaluation(case, tmp_path, trained, pictures, monkeypatch)
     capsys.readouterr()
