@@ -366,7 +366,8 @@ def tabulate(rows, per_run):
 
 def efficiency(base, context, shots):
     """Sample efficiency at each number of shots k: how many shots the base needs for the context model's accuracy with k,
-    read off its curve over log2 shots, divided by k; inf where its most shots do not reach it. Accuracies (len(shots),)."""
+    read off its curve over log2 shots, divided by k; inf where its most shots do not reach it, and never fewer shots than its
+    fewest. base, context: accuracies (len(shots),)."""
     return 2 ** np.interp(context, np.maximum.accumulate(base), np.log2(shots), right=np.inf) / np.array(shots)
 
 def gains(table, groups, context):
