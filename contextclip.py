@@ -619,9 +619,14 @@ def draw_figure(atlas, path, settings, rows=3, columns=6):
         axis.axis("off")
     figure.savefig(path, dpi=110, format="png")
 
-def fail(message):
-    sys.stderr.write(f"contextclip: {message}\n")
+def fail(message, program="contextclip"):
+    sys.stderr.write(f"{program}: {message}\n")
     sys.exit(2)
+
+def make_writable(folder):
+    """Make the folder if need be; raises OSError if it cannot be written: now, not after the work."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Train a contrastive image-text model without and with context; compare.")
@@ -648,8 +653,7 @@ def main(arguments=None):
         runs = [Settings(**given | {"objective": objective}) for objective in args.objective.split(",")]
         device = choose_device(args.device)
         init = read_checkpoint(args.init) if args.init else None
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()  # a folder that cannot be written is known at once
+        make_writable(args.out)
         atlas = Atlas(device, args.characters)
         if args.figure:
             return draw_figure(atlas, args.figure, runs[0])

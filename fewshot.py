@@ -16,8 +16,6 @@ import inspect
 import itertools
 import json
 import re
-import sys
-import tempfile
 import zlib
 from dataclasses import dataclass
 from functools import partial
@@ -138,7 +136,7 @@ def text_scale(support, labels, text, temperature):
 # ---- 2. Tasks -------------------------------------------------------------------------------------------------------
 
 GROUPS = {"seen": "characters trained, typefaces never seen", "combined": "letter and diacritic never seen together",
-          "unseen": "scripts and symbols never seen", "own": "own images"}  # fmt: skip
+          "unseen": "scripts and symbols never seen"}  # fmt: skip
 MOST = 40  # classes of a built-in task; of more characters, these many by chance
 TASKS = {  # name: group, pattern that "character name" starts with
     "digits": ("seen", "[0-9]"), "Latin capitals": ("seen", "[A-Z]"), "Latin small letters": ("seen", "[a-z]"),
@@ -194,6 +192,9 @@ def card_tasks(atlas, names=TASKS):
             tasks.append(card_task(atlas, name, group, members, faces))
     return tasks
 
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0]
+
 def open_dataset(source, root):
     """A folder with a folder of images per class, or a torchvision dataset by NAME or NAME:SPLIT, its test part by default,
     downloaded into `root` if need be. Raises UserError."""
@@ -201,7 +202,7 @@ def open_dataset(source, root):
         try:
             return torchvision.datasets.ImageFolder(source)
         except FileNotFoundError as error:  # no class folder, or an empty one
-            raise UserError(f"--data {source}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"--data {source}: {first_line(error)}") from None
     name, _, split = source.partition(":")
     kind = getattr(torchvision.datasets, name, None)
     if not (inspect.isclass(kind) and issubclass(kind, torchvision.datasets.VisionDataset)):
@@ -216,8 +217,7 @@ def open_dataset(source, root):
     try:
         return kind(**{key: value for key, value in wanted.items() if key in known})
     except Exception as error:  # each of them fails in ways of its own
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"--data {source}: cannot be downloaded or read ({reason})") from None
+        raise UserError(f"--data {source}: cannot be downloaded or read ({first_line(error)})") from None
 
 def image_task(source, templates, root, seeds, shots, queries, device):
     """A task of one's own images. A class's name fills the {} of each template: "0 - zero" becomes "zero", as does the
@@ -246,7 +246,7 @@ def image_task(source, templates, root, seeds, shots, queries, device):
             images.append(cc.preprocess(dataset[i][0]))
         except Exception as error:  # Pillow has many ways to fail
             path = dataset.samples[i][0] if hasattr(dataset, "samples") else f"image {i} of {source}"
-            raise UserError(f"{path} cannot be read ({(str(error) or type(error).__name__).splitlines()[0]})") from None
+            raise UserError(f"{path} cannot be read ({first_line(error)})") from None
     images, place = torch.stack(images).to(device), torch.from_numpy(place.reshape(order.shape)).to(device)
 
     def readable(name):
@@ -291,22 +291,27 @@ def embed(models, task, seeds, shots, queries):
         out[name] = query, support, F.normalize(text, dim=-1), model.log_tau_1.exp().item()
     return out
 
-def accuracies(method, embedded, shots, hyper):
-    """Percent of the queries classified rightly, for each seed."""
+def episodes(embedded, shots):
+    """What the classifiers take, (query, support, labels, text, scale), of an embedded task at a number of shots, all seeds
+    at once; with no shots, for zero-shot, no support and no scale."""
     query, support, text, temperature = embedded
-    classes = torch.arange(len(text), device=text.device)
-    labels, support = classes.repeat(shots), support[:, : shots * len(text)]
-    scale = text_scale(support, labels, text, temperature) if shots else None
-    scores = CLASSIFIERS[method](query, support, labels, text, scale, **hyper)
-    return 100 * (scores.argmax(-1) == classes.repeat(query.shape[1] // len(text))).float().mean(-1)
+    labels, support = torch.arange(len(text), device=text.device).repeat(shots), support[:, : shots * len(text)]
+    return query, support, labels, text, text_scale(support, labels, text, temperature) if shots else None
+
+def accuracies(method, episodes, hyper):
+    """Percent of the queries classified rightly, for each seed."""
+    predicted, classes = CLASSIFIERS[method](*episodes, **hyper).argmax(-1), len(episodes[3])
+    labels = torch.arange(classes, device=predicted.device).repeat(predicted.shape[1] // classes)
+    return 100 * (predicted == labels).float().mean(-1)
 
 def find_hyperparameters(embedded, weights, methods, shots):
     """{method: {shots: hyper-parameters}}: those of GRIDS with the highest accuracy, weighted, on the embedded validation
     tasks, of equal ones the first. One choice for all models: chosen for each alone, its noise would pass for a gain."""
 
+    weighted = {k: [(w, episodes(e, k)) for w, task in zip(weights, embedded) for e in task.values()] for k in shots}
+
     def mean(method, k, point):
-        pairs = [(w, e) for w, task in zip(weights, embedded) for e in task.values()]
-        return sum(w * accuracies(method, e, k, point).mean().item() for w, e in pairs)
+        return sum(w * accuracies(method, e, point).mean().item() for w, e in weighted[k])
 
     chosen = {}
     for method in sorted(methods | {KEEPS[m] for m in methods & KEEPS.keys()}, key=list(CLASSIFIERS).index):
@@ -326,9 +331,10 @@ def evaluate(models, tasks, validation, methods, shots, seeds, queries):
     hyper = find_hyperparameters(embedded, [1 / groups.count(group) for group in groups], few_shot, shots)
     for task in tqdm(tasks, "tasks"):
         for name, e in embed(models, task, seeds, max(shots), queries).items():
+            drawn = {k: episodes(e, k) for k in [0, *shots]}
             for method in methods:
                 for k in shots if method in few_shot else [0]:
-                    values = accuracies(method, e, k, hyper.get(method, {}).get(k, {})).tolist()
+                    values = accuracies(method, drawn[k], hyper.get(method, {}).get(k, {})).tolist()
                     rows += [(name, task.name, task.group, method, k, seed, value) for seed, value in zip(seeds, values)]
     return rows, hyper
 
@@ -370,6 +376,10 @@ def efficiency(base, context, shots):
     fewest. base, context: accuracies (len(shots),)."""
     return 2 ** np.interp(context, np.maximum.accumulate(base), np.log2(shots), right=np.inf) / np.array(shots)
 
+def pair(models):
+    """[(base, context), ...] of the models that are there in both forms."""
+    return [(BASES[model], model) for model in models if BASES.get(model) in models]
+
 def gains(table, groups, context):
     """(shots, [(mean gain of the six, half-width of its 95 % interval over seeds, task), ...]) at 16 shots or the next
     fewer, the highest gain first."""
@@ -390,7 +400,7 @@ def report(table, groups):
     def difference(base, context):
         return "{:+.1f} ± {:.1f}".format(*interval(context - base))
 
-    pairs = [(BASES[m], m) for m in models if BASES.get(m) in models]
+    pairs = pair(models)
     if (models[0], "zero-shot", 0) in table:
         print()
         print_row("zero-shot, % right", [*models, *(f"{c} - {b}" for b, c in pairs)])
@@ -445,9 +455,8 @@ def draw_curves(table, groups, path):
     axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=130)
 
-def draw_gains(table, groups, path):
+def draw_gains(table, groups, context, path):
     """The gain of context as one bar per task, sorted, with intervals over seeds."""
-    context = next(model for model, method, _ in table if (BASES.get(model), method, _) in table)
     shots, bars = gains(table, groups, context)
     figure, axis = plt.subplots(figsize=(6.5, 0.9 + 0.24 * len(bars)), layout="constrained")
     colors = {"seen": ("#0072B2", ""), "combined": ("#E69F00", "//"), "unseen": ("#009E73", "..")}
@@ -464,9 +473,7 @@ def draw_gains(table, groups, path):
 
 # ---- 5. Command line ------------------------------------------------------------------------------------------------
 
-def fail(message):
-    sys.stderr.write(f"fewshot: {message}\n")
-    sys.exit(2)
+fail = partial(cc.fail, program="fewshot")
 
 def positive(text):
     if not text.isdigit() or not int(text):
@@ -512,11 +519,10 @@ def main(arguments=None):
         plain = vars(args) == vars(parser.parse_args([]))  # only the command without options draws the README's figures
         figures = Path("figures") if plain else args.out
         for folder in (args.out, figures):
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()  # what cannot be written is known before the work
+            cc.make_writable(folder)
         seeds = [range(run * args.seeds, (run + 1) * args.seeds) for run in range(len(runs))]
-        every, own = range(args.seeds * len(runs)), (max(shots), args.queries, device)
-        tasks = [image_task(args.data, args.template, args.out / "data", every, *own)] if args.data else []
+        tasks = [image_task(args.data, args.template, args.out / "data", range(args.seeds * len(runs)), max(shots),
+                            args.queries, device)] if args.data else []  # fmt: skip
         atlas = cc.Atlas(device, next(iter(runs[0].values())).settings.characters)
         validation = [card_task(atlas, name, "combined" if name == "combinations" else "unseen", members, "validation")
                       for name, members in atlas.validation.items()]  # fmt: skip
@@ -536,8 +542,8 @@ def main(arguments=None):
         report(table, groups)
         if any(method == MEAN for _, method, _ in table):
             draw_curves(table, groups, figures / "accuracy_vs_shots.png")
-            if not args.data and any(BASES.get(model) in runs[0] for model in runs[0]):
-                draw_gains(table, groups, figures / "gain_per_task.png")
+            for _, context in pair(runs[0])[:1] if not args.data else []:
+                draw_gains(table, groups, context, figures / "gain_per_task.png")
     except UserError as error:
         fail(error)
     except OSError as error:

@@ -793,10 +793,10 @@ def test_random_embeddings_give_chance_and_separable_ones_100_percent(method):
     h = HYPER.get(method, {}) | ({"steps": 3} if method == "Tip-Adapter-F" else {})
     noise = [normalize(torch.randn(2, n * C, 32, generator=g), dim=-1) for n in (queries, shots)]
     text = normalize(torch.randn(C, 32, generator=g), dim=-1)
-    assert abs(fs.accuracies(method, (*noise, text, 10.0), shots, h).mean().item() - 10) < 3
+    assert abs(fs.accuracies(method, fs.episodes((*noise, text, 10.0), shots), h).mean().item() - 10) < 3
     centres = normalize(torch.randn(C, 32, generator=g), dim=-1)
     clean = [normalize(centres.repeat(n, 1) + 0.02 * torch.randn(2, n * C, 32, generator=g), dim=-1) for n in (queries, shots)]
-    assert fs.accuracies(method, (*clean, centres, 10.0), shots, h).tolist() == [100, 100]
+    assert fs.accuracies(method, fs.episodes((*clean, centres, 10.0), shots), h).tolist() == [100, 100]
 
 
 def test_batched_classifiers_are_faster_than_loops_over_queries():
@@ -832,7 +832,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    """A folder of images: ten per class, the digit's name drawn by its number of white columns, all different."""
+    """A folder of images: three classes of ten plain grey ones, all different."""
     folder = tmp_path_factory.mktemp("pictures")
     for c, name in enumerate(["3", "red_fox", "0 - zero"]):
         (folder / name).mkdir()
@@ -892,7 +892,7 @@ def test_embeddings_and_accuracies_match_one_image_at_a_time(atlas, trained):
     torch.testing.assert_close(query[1, 3 * 2 + 1], model.encode_image(images[2, 1][None], True)[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(support[1, 3 * 1 + 2], model.encode_image(images[5, 2][None], True)[0], atol=1e-5, rtol=0)
     own = query.unflatten(1, (4, 3))[:, :2].flatten(1, 2)  # queries that are in the support
-    assert fs.accuracies("plurality vote", (own, own, text, 10.0), 2, {"k": 1}).tolist() == [100, 100]
+    assert fs.accuracies("plurality vote", fs.episodes((own, own, text, 10.0), 2), {"k": 1}).tolist() == [100, 100]
 
 
 def test_no_choice_depends_on_the_labels_of_the_queries(atlas, trained):
@@ -921,7 +921,7 @@ def test_hyperparameters_are_the_best_of_their_grid(atlas, trained):
     for method in chosen:
         point = chosen[method][4]
         def mean(h):
-            return sum(w * fs.accuracies(method, e, 4, h).mean().item() for w, task in zip(weights, embedded) for e in task.values())
+            return sum(w * fs.accuracies(method, fs.episodes(e, 4), h).mean().item() for w, task in zip(weights, embedded) for e in task.values())
         assert all(mean(point) >= mean(point | other) for other in fs.GRIDS[method])
     assert {name: chosen["Tip-X"][4][name] for name in "ab"} == chosen["Tip-Adapter"][4]
 
