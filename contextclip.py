@@ -9,9 +9,9 @@ An open reimplementation of Roth, Akata, Damen, Balažević, Hénaff, "Context-A
     python contextclip.py --help               every setting
 
 Nothing is downloaded: the images are glyph cards, drawn from the typefaces that come with matplotlib, and their captions
-are the Unicode names of the characters. On two CPU cores both models train in 8 minutes with bf16 hardware, 18 without, in
-1.2 GB; with context 16-shot accuracy is 71.0 % instead of 68.8 %, 1-shot 39.1 % instead of 36.4 % (validation tasks,
-prototypes, means of 3 seeds). `python fewshot.py` then compares the models on 21 tasks.
+are the Unicode names of the characters. On two CPU cores both models train in 4 minutes; with context 16-shot accuracy is
+60.3 % instead of 55.4 %, 1-shot 25.0 % instead of 19.7 % (validation tasks, prototypes, means of 5 seeds). `python
+fewshot.py` then compares the models on 21 tasks, and figures/study.py holds the studies of the README.
 """
 
 import argparse
@@ -22,19 +22,17 @@ import re
 import signal
 import sys
 import tempfile
-import textwrap
 import time
 import unicodedata
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import pyplot as plt
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
@@ -44,7 +42,7 @@ from torchvision import transforms
 from torchvision.models import VisionTransformer
 from tqdm import tqdm
 
-FORMAT = "contextclip-1"  # of the checkpoints
+FORMAT = "contextclip-2"  # of the checkpoints
 IMAGE_SIZE = 32  # pixels, both ways
 MAX_WORDS = 32  # of a caption; more are cut off
 SCALE_RANGE = (1.0, 100.0)  # of tau_1 and tau_2, clamped after every step
@@ -63,16 +61,17 @@ class Settings:
     objective: str = option("clip", "the loss, *xp with context; one or more of", choices=("clip", "siglip", "clixp", "siglixp"))
     encoder: str = option("cnn", "of images:", choices=("cnn", "vit"))
     seed: int = option(0, "of the initial weights and of every batch")
-    steps: int = option(700, "optimiser steps", low=1)
-    batch_size: int = option(1024, "B; the other B - 1 images are an image's context", low=2)
-    lr: float = option(1e-3, "peak learning rate of AdamW, between a linear warm-up and a cosine to 0")
+    steps: int = option(800, "optimiser steps", low=1)
+    batch_size: int = option(512, "B; the other B - 1 images are an image's context", low=2)
+    lr: float = option(2e-3, "peak learning rate of AdamW, between a linear warm-up and a cosine to 0")
     weight_decay: float = option(0.1, "of matrices; temperatures, biases and gains have none")
-    width: int = option(128, "d, of the embeddings and the encoders; a multiple of 32", low=32)
+    width: int = option(64, "d, of the embeddings and the encoders; a multiple of 32", low=32)
     alpha: float = option(0.9, "weight of the plain loss; the context loss has 1 - alpha", high=1)
-    tau_ctx: float = option(0.13, "start of tau_ctx sqrt(d); at 1 the attention is uniform", *TAU_CTX_RANGE)
+    tau: float = option(0.0, "start of tau_1 and tau_2; 0 for 1 / 0.07, with the sigmoid 10", high=SCALE_RANGE[1])
+    tau_ctx: float = option(0.25, "start of tau_ctx sqrt(d); at 1 the attention is uniform", *TAU_CTX_RANGE)
     number_share: float = option(1.0, "share of captions that name the card's number", high=1)
-    # 400 leave an image 2.6 partners in a batch of 1,024 and gain 3.4 points at 16 shots; all 650: 1.6 partners, 1.7 points
-    characters: int = option(400, "how many to train on, 0 for all; an image's context needs others of its kind")
+    characters: int = option(250, "how many to train on, 0 for all; an image's context needs others of its kind")
+    distortion: float = option(0.25, "how far cards are turned, shifted, shaded; at 1 the numbers are hard to read", high=1)
     precision: str = option("auto", "of the encoders (losses are float32):", choices=("auto", "float32", "bf16"))
     no_mask: bool = option(False, "ablation: an image may attend to itself")
     shared_temperature: bool = option(False, "ablation: tau_1 (and b_1) serve the context loss too")
@@ -200,7 +199,7 @@ class ContextCLIP(nn.Module):
         self.words = nn.Embedding(len(vocabulary), width, padding_idx=0)
         self.positions = nn.Parameter(0.02 * torch.randn(MAX_WORDS, width))
         self.text_encoder, self.text_head = transformer(width, depth=1), nn.Linear(width, width)
-        tau = 10 if settings.sigmoid else 1 / 0.07
+        tau = settings.tau or (10 if settings.sigmoid else 1 / 0.07)
         b = -math.log(settings.batch_size - 1) if settings.sigmoid else 0  # SigLIP's -10 suits batches of 32,768
         start = {"log_tau_1": math.log(tau), "log_tau_2": math.log(tau), "b_1": b, "b_2": b,
                  "log_tau_ctx": math.log(settings.tau_ctx / width**0.5)}  # fmt: skip
@@ -278,10 +277,10 @@ class Atlas:
     names: N captions. index: {character: number}. glyphs (G, 23, 32) uint8. rows[group] (N, 2): a character's first bitmap
     in a group of FACES, and how many it has there. train: numbers of the training characters, the first `limit` of them,
     plain letters and symbols before combinations. validation: {task: numbers, at most 64}. vocabulary: of the training
-    captions. words (N, L + 4): tokens of the names, with room for a card's number.
+    captions. words (N, L + 4): tokens of the names, with room for a card's number; the training captions end at `longest`.
     """
 
-    def __init__(self, device="cpu", limit=0):
+    def __init__(self, device="cpu", limit=0, distortion=Settings.distortion, number_share=Settings.number_share):
         def typeface(name):  # -> its font, the codes it covers
             path = f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf"
             basic = ImageFont.Layout.BASIC  # the same bitmaps with and without libraqm
@@ -307,6 +306,7 @@ class Atlas:
                 bitmaps = [b for b in bitmaps if b.max() > 64]  # some faces draw nothing
                 rows[group].append((len(glyphs), len(bitmaps)))
                 glyphs += bitmaps
+        self.distortion, self.number_share = distortion, number_share
         self.names = [unicodedata.name(c).lower() for c in characters]
         self.index = {c: i for i, c in enumerate(characters)}
         self.glyphs = torch.from_numpy(np.stack(glyphs)).to(device)
@@ -330,15 +330,23 @@ class Atlas:
             if classes:  # every second, third, ... of them, so that they are 64 at most
                 self.validation[task] = torch.tensor(classes[:: -(-len(classes) // 64)], device=device)
         self.words = F.pad(tokenize(self.names, self.vocabulary), (0, 4)).to(device)
+        self.longest = int((self.words[self.train] != 0).sum(1).max()) + 4
         self.numerals = torch.tensor([self.vocabulary[w] for w in NUMERALS], device=device)
 
+    def prompts(self, character):
+        """Ten captions of a character, as in training: its name, and in a share of them a number, so that every digit comes
+        once in every place. Their mean embedding stands for the class (prompt ensembling, Radford et al. 2021)."""
+        numbers = [" ".join(NUMERALS[(i + shift) % 10] for shift in (0, 3, 6)) for i in range(10)]
+        return [self.names[character] + f", number {n}" * (i < 10 * self.number_share) for i, n in enumerate(numbers)]
+
 def draw_cards(atlas, characters, group, generator):
-    """Draw one card each: the character above a random three-digit number, both in random typefaces of `group`, turned,
-    sheared, scaled, shifted, in random shades on a shaded ground, with noise. Everything happens on the atlas's device.
+    """Draw one card each: the character above a random three-digit number, both in random typefaces of `group`, in random
+    shades, and, as far as atlas.distortion says, turned, sheared (0.2 radians, 0.2), shrunk (1 / 1.2), shifted (2 pixels),
+    with a shaded ground and noise. Everything happens on the atlas's device.
 
     characters (B,) int64 -> images (B, 1, 32, 32) float32 in about [0, 1], numbers (B, 3) digits int64.
     """
-    B, device = len(characters), characters.device
+    B, device, far = len(characters), characters.device, atlas.distortion
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(B, *shape, device=device, generator=generator)
@@ -353,17 +361,17 @@ def draw_cards(atlas, characters, group, generator):
     card[:, 0, :GLYPH_HEIGHT] = glyphs
     card[:, 0, GLYPH_HEIGHT:, 4:28] = digits.transpose(1, 2).flatten(2)
 
-    angle, shear, scale = uniform(-0.2, 0.2), uniform(-0.2, 0.2), uniform(1.0, 1.2)  # radians; slope; source / result
-    cos, sin, shift = scale * angle.cos(), scale * angle.sin(), uniform(-0.12, 0.12, 2)  # shift in half cards
+    angle, shear, scale = 0.2 * far * uniform(-1, 1), 0.2 * far * uniform(-1, 1), 1 + 0.2 * far * uniform(0, 1)
+    cos, sin, shift = scale * angle.cos(), scale * angle.sin(), 0.12 * far * uniform(-1, 1, 2)  # shift in half cards
     theta = torch.stack((cos, shear - sin, shift[:, 0], sin, cos, shift[:, 1]), 1).view(B, 2, 3)
     ink = F.grid_sample(card / 255, F.affine_grid(theta, card.shape, align_corners=False), align_corners=False)
 
     dark, light, polarity = uniform(0.0, 0.3, 1, 1, 1), uniform(0.6, 1.0, 1, 1, 1), uniform(0, 1, 1, 1, 1) < 0.5
     paper, pen = torch.where(polarity, light, dark), torch.where(polarity, dark, light)
     ramp = torch.linspace(-1, 1, IMAGE_SIZE, device=device)
-    shade = uniform(-0.1, 0.1, 1, 1, 1) * ramp + uniform(-0.1, 0.1, 1, 1, 1) * ramp[:, None]
+    shade = 0.1 * (uniform(-1, 1, 1, 1, 1) * ramp + uniform(-1, 1, 1, 1, 1) * ramp[:, None])
     noise = 0.05 * torch.randn(card.shape, device=device, generator=generator)
-    return torch.lerp(paper, pen, ink) + shade + noise, numbers
+    return torch.lerp(paper, pen, ink) + far * (shade + noise), numbers
 
 def draw_batch(atlas, settings, generator):
     """One training batch: images (B, 1, 32, 32), tokens (B, L) of "latin small letter a, number four seven one"."""
@@ -372,7 +380,7 @@ def draw_batch(atlas, settings, generator):
     images, numbers = draw_cards(atlas, characters, "train", generator)
     number = F.pad(atlas.numerals[numbers], (1, 0), value=atlas.vocabulary["number"])  # (B, 4)
     named = torch.rand(B, 1, device=device, generator=generator) < settings.number_share
-    words = atlas.words[characters]
+    words = atlas.words[characters, : atlas.longest]
     end = (words != 0).sum(1, keepdim=True) + torch.arange(4, device=device)
     return images, words.scatter(1, end, number * named)
 
@@ -407,7 +415,9 @@ def validate(model, atlas, shots=(1, 4, 16), queries=16, seed=0):
 
         tasks[task] = {k: accuracy(prototypes(x[:k].flatten(0, 1), labels.repeat(k), len(members))) for k in shots}
         if task == "combinations":
-            zero_shot = accuracy(model.encode_text(atlas.words[members], normalize=True))
+            prompts = [prompt for i in members.tolist() for prompt in atlas.prompts(i)]
+            t = model.encode_text(tokenize(prompts, model.vocabulary).to(device), normalize=True)
+            zero_shot = accuracy(F.normalize(t.unflatten(0, (len(members), -1)).mean(1), dim=-1))
     return {"zero-shot": zero_shot, **{k: sum(t[k] for t in tasks.values()) / len(tasks) for k in shots}, "tasks": tasks}
 
 # ---- 6. Training ----------------------------------------------------------------------------------------------------
@@ -487,9 +497,9 @@ def initialize(model, source):
         weights = weights | {"log_tau_2": weights["log_tau_1"], "b_2": weights["b_1"], "log_tau_ctx": own["log_tau_ctx"]}
     model.load_state_dict(weights)
 
-def train(settings, atlas, out, resume=False, init=None, compile=False):
+def train(settings, atlas, out, resume=False, init=None, compile=False, watch=None):
     """Train one model on the atlas's device, from the weights of `init` (a checkpoint's content) if given; write
-    out/<objective>.pt and .csv. Returns the row of the final table. Raises UserError; Ctrl-C exits after saving.
+    out/<objective>.pt and .csv; `watch(step, model)` is called at every line of the log. Returns the row of the final table. Raises UserError; Ctrl-C exits after saving.
 
     Weights and batches come from settings.seed by two generators from which no objective draws: two objectives with one
     seed start from the same weights and see the same batches.
@@ -563,6 +573,9 @@ def train(settings, atlas, out, resume=False, init=None, compile=False):
             log.append([step, *mean, *model.temperatures(), (step - logged) * settings.batch_size / elapsed])
             shown = "loss {1:.3f}, tau_1 {4:.1f}, tau_2 {5:.1f}, tau_ctx*sqrt(d) {6:.3f}, {9:,.0f} images/s"
             bar.set_postfix_str(shown.format(*log[-1]))
+            if watch:
+                watch(step, model)
+                begin = time.perf_counter()
             if logged < settings.steps / 10 <= step and settings.steps >= SAVE_EVERY and mean[1] > 0.98 * chance:
                 bar.write(f"warning: a tenth of the run is over, and the loss, {mean[1]:.3f}, is still at chance")
             losses, logged = torch.zeros_like(losses), step
@@ -581,43 +594,7 @@ def train(settings, atlas, out, resume=False, init=None, compile=False):
     save(result)
     return result
 
-def profile(settings, atlas):
-    """Print how a training step's time divides: medians in milliseconds of the full step, of the encoders alone (forward
-    and backward on fixed tensors), of drawing the cards, and of the loss (forward and backward)."""
-    from torch.utils.benchmark import Timer  # here, for it looks for compilers, and says so
-
-    device, generator = atlas.train.device, torch.Generator(atlas.train.device).manual_seed(0)
-    model = ContextCLIP(settings, atlas.vocabulary).to(device, memory_format=torch.channels_last)
-    optimizer, bf16, batch = make_optimizer(model, settings), use_bf16(settings, device), draw_batch(atlas, settings, generator)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    v, t = (torch.randn(settings.batch_size, settings.width, device=device, requires_grad=True) for _ in "vt")
-    parts = {
-        "full step": "training_step(model, model, optimizer, *draw_batch(atlas, settings, generator), 0.0, bf16)",
-        "encoders": "with autocast: out = model(*batch)\ntorch.autograd.backward(out, [torch.ones_like(o) for o in out])",
-        "cards": "draw_batch(atlas, settings, generator)",
-        "loss": "lixp_loss(v, t, model, settings)[0].backward()",
-    }
-    scope, threads = globals() | locals(), torch.get_num_threads()
-    timers = [Timer(code, globals=scope, num_threads=threads) for code in parts.values()]
-    rounds = [[1000 * timer.timeit(2).median for timer in timers] for _ in range(8)]  # in turn: machines drift
-    medians = np.median(rounds, axis=0)
-    for name, median in zip(parts, medians):
-        print(f"{name:9}{median:9.1f} ms{median / medians[0]:6.0%}")
-
 # ---- 7. Command line ------------------------------------------------------------------------------------------------
-
-def draw_figure(atlas, path, settings, rows=3, columns=6):
-    """Save a picture of training cards with their captions."""
-    generator = torch.Generator(atlas.train.device).manual_seed(settings.seed)
-    images, tokens = draw_batch(atlas, replace(settings, batch_size=rows * columns), generator)
-    words = list(atlas.vocabulary)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.3 * rows), layout="constrained")
-    for axis, image, row in zip(axes.flat, images.cpu(), tokens.tolist()):
-        axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
-        caption = " ".join(words[token] for token in row if token).replace(" number", ", number")
-        axis.set_title(textwrap.fill(caption, 25), fontsize=8)
-        axis.axis("off")
-    figure.savefig(path, dpi=110, format="png")
 
 def fail(message, program="contextclip"):
     sys.stderr.write(f"{program}: {message}\n")
@@ -639,10 +616,8 @@ def main(arguments=None):
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (%(default)s)")
     parser.add_argument("--out", type=Path, default="runs", help="folder for checkpoints and logs (%(default)s)")
     parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="post-training: start from this model's weights")
-    parser.add_argument("--figure", type=Path, metavar="PNG", help="only draw a picture of cards with their captions")
     switches = {"resume": "go on where the same command was interrupted", "compile": "torch.compile the encoders",
-                "dry-run": "a few small steps into OUT/dry-run, to see that all works",
-                "profile": "only print how a training step's time divides"}  # fmt: skip
+                "dry-run": "a few small steps into OUT/dry-run, to see that all works"}  # fmt: skip
     for name, text in switches.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     args = parser.parse_args(arguments)
@@ -654,11 +629,7 @@ def main(arguments=None):
         device = choose_device(args.device)
         init = read_checkpoint(args.init) if args.init else None
         make_writable(args.out)
-        atlas = Atlas(device, args.characters)
-        if args.figure:
-            return draw_figure(atlas, args.figure, runs[0])
-        if args.profile:
-            return profile(runs[-1], atlas)
+        atlas = Atlas(device, args.characters, args.distortion, args.number_share)
         results = [train(settings, atlas, args.out, args.resume, init, args.compile) for settings in runs]
     except UserError as error:
         fail(error)

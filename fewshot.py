@@ -173,7 +173,7 @@ def card_task(atlas, name, group, members, faces):
         blocks = [cards(32, seed, "support", block) for block in range(-(-shots // 32))]
         return torch.cat([cards(queries, seed, "query"), *blocks])[: queries + shots]
 
-    return Task(name, group, [[atlas.names[i]] for i in members.tolist()], draw)
+    return Task(name, group, [atlas.prompts(i) for i in members.tolist()], draw)
 
 def card_tasks(atlas, names=TASKS):
     """The built-in tasks of these names. Seen and combined characters are drawn in STIX, typefaces never trained; the
@@ -191,6 +191,11 @@ def card_tasks(atlas, names=TASKS):
         if len(members) > 1:  # a model of few characters has not seen all groups
             tasks.append(card_task(atlas, name, group, members, faces))
     return tasks
+
+def validation_tasks(atlas):
+    """The tasks on which hyper-parameters are chosen: characters and typefaces that serve nothing else."""
+    return [card_task(atlas, name, "combined" if name == "combinations" else "unseen", members, "validation")
+            for name, members in atlas.validation.items()]  # fmt: skip
 
 def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
@@ -523,9 +528,9 @@ def main(arguments=None):
         seeds = [range(run * args.seeds, (run + 1) * args.seeds) for run in range(len(runs))]
         tasks = [image_task(args.data, args.template, args.out / "data", range(args.seeds * len(runs)), max(shots),
                             args.queries, device)] if args.data else []  # fmt: skip
-        atlas = cc.Atlas(device, next(iter(runs[0].values())).settings.characters)
-        validation = [card_task(atlas, name, "combined" if name == "combinations" else "unseen", members, "validation")
-                      for name, members in atlas.validation.items()]  # fmt: skip
+        settings = next(iter(runs[0].values())).settings
+        atlas = cc.Atlas(device, settings.characters, settings.distortion, settings.number_share)
+        validation = validation_tasks(atlas)
         tasks = tasks or card_tasks(atlas, [task for task in TASKS if task in (args.tasks or TASKS)])
         if not tasks:
             raise UserError("these models were trained on too few characters for these tasks")

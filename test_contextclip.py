@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -555,13 +556,6 @@ def test_the_default_command_trains_both_and_prints_the_table(tmp_path):
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["dry-run"]
 
 
-def test_profile_and_figure(tmp_path, capsys):
-    cc.main([*SMALL, "--profile", "--out", str(tmp_path / "runs")])
-    assert re.search(r"full step +[\d.]+ ms +100%\nencoders +[\d.]+ ms +\d+%\ncards.*\nloss", capsys.readouterr().out)
-    cc.main([*SMALL, "--figure", str(tmp_path / "cards.png"), "--out", str(tmp_path / "runs")])
-    assert Image.open(tmp_path / "cards.png").size[0] > 800
-
-
 def test_compile_falls_back_to_the_plain_model(tmp_path):
     done = run(*SMALL, "--objective", "clip", "--compile", "--out", tmp_path, CXX="/nowhere/c++", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "c"))
     assert done.returncode == 0, done.stderr
@@ -581,7 +575,8 @@ BAD = {
     "cuda": (["--device", "cuda"], "--device cuda: there is no such device here"),
     "device": (["--device", "toaster"], "--device toaster: there is no such device here"),
     "out": (["--out", "{tmp}/file/runs"], "/file/runs cannot be written: Not a directory"),
-    "figure": (["--figure", "{tmp}/nowhere/cards.png", "--characters", "60"], "/nowhere/cards.png cannot be written"),
+    "distortion": (["--distortion", "2"], "--distortion 2.0: it must lie between 0 and 1"),
+    "tau": (["--tau", "1000"], "--tau 1000.0: it must lie between 0 and 100"),
     "init missing": (["--init", "{tmp}/none.pt"], "there is no checkpoint"),
     "init foreign": (["--init", "{tmp}/file"], "file is not a checkpoint of contextclip"),
     "init other version": (["--init", "{tmp}/old.pt"], "old.pt was written by another version of contextclip (contextclip-0"),
@@ -845,7 +840,7 @@ def test_there_are_21_tasks_in_three_groups(atlas):
     tasks = {task.name: task for task in fs.card_tasks(atlas)}
     assert len(tasks) == 21 and {task.group for task in tasks.values()} == {"seen", "combined", "unseen"}
     assert all(10 <= len(task.captions) <= fs.MOST for task in tasks.values())
-    names = {group: {c[0] for t in tasks.values() if t.group == group for c in t.captions} for group in ("seen", "combined", "unseen")}
+    names = {group: {c[0].split(", number")[0] for t in tasks.values() if t.group == group for c in t.captions} for group in ("seen", "combined", "unseen")}
     trained, validated = {atlas.names[i] for i in atlas.train}, {atlas.names[i] for m in atlas.validation.values() for i in m}
     assert names["seen"] <= trained and not (names["combined"] | names["unseen"]) & (trained | validated)
     assert all(set(cc.split_words(name)) <= atlas.vocabulary.keys() and " with " in name for name in names["combined"])
@@ -1056,3 +1051,106 @@ def test_bad_input_of_an_evaluation_is_one_line_and_exit_2(case, tmp_path, train
         fs.main(arguments)
     error = [line for line in capsys.readouterr().err.splitlines() if "it/s]" not in line and line.strip()]
     assert stop.value.code == 2 and len(error) == 1 and error[0].startswith("fewshot: ") and message in error[0]
+
+
+# ---- studies --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """figures/study.py, with small models, few tasks, and nothing written into figures/."""
+    spec = importlib.util.spec_from_file_location("study", Path(SCRIPT).parent / "figures" / "study.py")
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "FIGURES", tmp_path)
+    for name, value in {"steps": 40, "batch_size": 64, "width": 32, "characters": 250}.items():
+        index = [f.name for f in dataclasses.fields(cc.Settings)].index(name)
+        defaults = list(cc.Settings.__init__.__defaults__)
+        defaults[index] = value
+        monkeypatch.setattr(cc.Settings.__init__, "__defaults__", tuple(defaults))
+        monkeypatch.setattr(cc.Settings, name, value)
+    monkeypatch.setattr(study, "STUDIES", {"width": study.sweep("width", [32, 64]), "post": study.STUDIES["post"] | {
+        "100 steps": {"base": {"objective": "clip", "steps": 2}, "context": {"steps": 2}}}, "tuning": study.sweep("lr", [0.001]),
+        "ablations": {"": {name: study.ABLATIONS[name] for name in ("base", "full", "no self-mask")}}})  # fmt: skip
+    monkeypatch.setattr(study, "ABLATIONS", study.STUDIES["ablations"][""])
+    monkeypatch.setattr(study.fs, "TASKS", {name: fs.TASKS[name] for name in ("digits", "Lao")})
+    monkeypatch.setattr(study.fs.card_tasks, "__defaults__", (study.fs.TASKS,))
+    return study
+
+
+def run_study(study, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["study.py", *arguments])
+    study.main()
+
+
+def test_studies_train_once_and_draw_from_their_csv(study, monkeypatch, tmp_path, capsys):
+    run_study(study, monkeypatch, "width", "--seeds", "1")
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == 4 and table[2].startswith("| 32 |") and table[3].startswith("| 64 |")
+    rows = list(csv.DictReader(open(tmp_path / "width.csv")))
+    assert len(rows) == 2 * 2 * 2 * (1 + 3)  # widths, models, tasks; zero-shot and three numbers of shots
+    models = sorted(tmp_path.glob("runs/study/*/seed0/*.pt"))
+    assert [str(path.relative_to(tmp_path / "runs/study")) for path in models] == [
+        "default/seed0/clip.pt", "default/seed0/clixp.pt", "width=64/seed0/clip.pt", "width=64/seed0/clixp.pt"]  # fmt: skip
+    times = [path.stat().st_mtime_ns for path in models]
+    for arguments in (["width", "--seeds", "1"], ["width", "--draw"]):
+        (tmp_path / "width.png").unlink()
+        run_study(study, monkeypatch, *arguments)
+        assert table == [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        assert times == [path.stat().st_mtime_ns for path in models] and (tmp_path / "width.png").exists()
+
+
+def test_the_gain_in_a_studys_table_is_context_less_base(study, capsys, tmp_path):
+    values = {("base", "4"): 50.0, ("context", "4"): 53.5, ("base", "0"): 40.0, ("context", "0"): 39.0}
+    rows = [("a", m, str(seed), task, "seen", k, str(values.get((m, k), 10.0))) for m in ("base", "context")
+            for seed in (0, 1) for task in ("t", "u") for k in ("0", "1", "4", "16")]  # fmt: skip
+    rows += [("a", m, str(seed), "w", "unseen", "0", "0") for m in ("base", "context") for seed in (0, 1)]
+    study.draw_sweep(rows, tmp_path / "x.png")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "| a | 40.0 | 10.0 | 50.0 | 10.0 | -1.0 ± 0.0 | +0.0 ± 0.0 | +3.5 ± 0.0 | +0.0 ± 0.0 |"
+
+
+def test_ablations_post_training_and_tuning(study, monkeypatch, capsys, tmp_path):
+    run_study(study, monkeypatch, "ablations", "--seeds", "1")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| base", "| full", "| no self-mask"]
+    assert lines[4].split(" | ")[1:3] == ["50.9", "60.5"]  # the paper's
+    assert cc.read_checkpoint(tmp_path / "runs/study/no_mask=True/seed0/clixp.pt")["settings"]["no_mask"]
+    run_study(study, monkeypatch, "post", "--seeds", "1")
+    start, end = (cc.read_checkpoint(tmp_path / f"runs/study/{p}/seed0/clip.pt")["model"]["log_tau_1"] for p in ("default", "post/steps=2"))
+    assert abs(start - math.log(1 / 0.07)) > 1e-4 and 0 < abs(end - start) < 0.01
+    run_study(study, monkeypatch, "tuning", "--seeds", "1")
+    result = cc.read_checkpoint(tmp_path / "runs/study/lr=0.001/seed0/clip.pt")["result"]
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 0.001")]
+    assert table[0].split(" | ")[1:5] == [f"{result[k]:.1f}" for k in ("zero-shot", 1, 4, 16)]
+
+
+def test_emergence_follows_both_models(study, monkeypatch, tmp_path):
+    run_study(study, monkeypatch, "emergence", "--seeds", "1")
+    rows = list(csv.DictReader(open(tmp_path / "emergence.csv")))
+    assert [(row["model"], row["step"]) for row in rows] == [("clip", "40"), ("clixp", "40")]
+    log = list(csv.DictReader(open(tmp_path / "runs/study/emergence/seed0/clixp.csv")))[-1]
+    assert float(rows[1]["context_loss"]) == pytest.approx(float(log["context_loss"]), abs=1e-4) and 0 < float(rows[1]["attention_same"]) < 1
+    result = cc.read_checkpoint(tmp_path / "runs/study/emergence/seed0/clixp.pt")["result"]
+    assert float(rows[1]["16-shot"]) == pytest.approx(result[16], abs=1e-4)
+
+
+def test_pictures_and_profile(study, monkeypatch, tmp_path, capsys):
+    for name in ("attention", "cards"):
+        run_study(study, monkeypatch, name)
+        assert Image.open(tmp_path / f"{name}.png").size[0] > 800
+    assert re.search(r"context: [\d.]+ % of the attention on the same character", capsys.readouterr().out)
+    run_study(study, monkeypatch, "profile")
+    assert re.search(r"full step +[\d.]+ ms +100%\nencoders +[\d.]+ ms +\d+%\ncards.*\nloss", capsys.readouterr().out)
+
+
+def test_cards_of_no_distortion_are_upright_and_clean(atlas):
+    plain = cc.Atlas("cpu", limit=300, distortion=0.0)
+    characters = atlas.train[:64]
+
+    def edges(atlas):  # of the ground, where nothing is drawn
+        images, _ = cc.draw_cards(atlas, characters, "train", torch.Generator().manual_seed(0))
+        return images[:, 0, 0].std(dim=1).max().item()
+
+    assert edges(plain) == pytest.approx(0, abs=1e-6) and edges(atlas) > 0.01

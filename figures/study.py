@@ -1,0 +1,313 @@
+"""The studies of the README: short loops over settings, each one command, one CSV file and one figure in figures/.
+
+    python figures/study.py ablations     the context loss with one part changed, as a Markdown table
+    python figures/study.py number_share  gain against the share of captions that name the card's number
+    python figures/study.py distortion    gain against how hard the cards are to read
+    python figures/study.py steps         gain against the length of the training
+    python figures/study.py width         gain against d
+    python figures/study.py tuning        learning rates and starts of tau, on the validation tasks
+    python figures/study.py post          a finished base model, continued without and with context
+    python figures/study.py emergence     losses, temperatures, attention, validation during training
+    python figures/study.py attention     which cards of the batch an image attends to
+    python figures/study.py cards         training cards with their captions
+    python figures/study.py profile       where the time of a training step goes
+
+Models are kept in runs/study: what is trained already is not trained again, and an interrupted study goes on. `--draw`
+only draws, from the CSV file. Accuracies are those of fewshot.py's 21 tasks, the mean of its six training-free classifiers
+with two draws of images per training seed; intervals are `fewshot.interval`'s.
+"""
+
+import argparse
+import csv
+import sys
+import textwrap
+from collections import defaultdict
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import contextclip as cc  # noqa: E402
+import fewshot as fs  # noqa: E402
+
+FIGURES, RUNS = Path(__file__).resolve().parent, Path("runs/study")
+SHOTS = [1, 4, 16]
+PAPER = {  # of the ablations: zero-shot, 16-shot (ViT-S/16, 1.5 billion examples)
+    "full": (50.5, 64.1), "no self-mask": (50.9, 60.5), "alpha 0.6": (48.7, 61.5), "shared temperature": (47.8, 61.8),
+    "detached values": (43.8, 58.7),
+}  # fmt: skip
+ABLATIONS = {
+    "base": {"objective": "clip"}, "full": {}, "no self-mask": {"no_mask": True}, "alpha 0.6": {"alpha": 0.6},
+    "alpha 0.97": {"alpha": 0.97}, "shared temperature": {"shared_temperature": True},
+    "detached values": {"detach_values": True}, "normalised values": {"normalize_values": True},
+}  # fmt: skip
+
+def sweep(name, values):
+    """{value: {model: changed settings}}: a base and a context-aware model for each value of a setting."""
+    return {value: {"base": {"objective": "clip", name: value}, "context": {name: value}} for value in values}
+
+STUDIES = {  # {what is compared: {model: changed settings}}; models of one comparison see the same images
+    "ablations": {"": ABLATIONS},
+    "number_share": sweep("number_share", [0.0, 0.25, 0.5, 0.75, 0.9, 1.0]),
+    "distortion": sweep("distortion", [0.25, 0.5, 1.0]),
+    "steps": sweep("steps", [400, 800, 1600]),
+    "width": sweep("width", [32, 64, 128]),
+    "tuning": {"lr 0.001": {"base": {"objective": "clip", "lr": 1e-3}, "context": {"lr": 1e-3}},
+               "lr 0.002": {"base": {"objective": "clip"}, "context": {}},
+               "lr 0.004": {"base": {"objective": "clip", "lr": 4e-3}, "context": {"lr": 4e-3}},
+               "tau 5": {"base": {"objective": "clip", "tau": 5.0}, "context": {"tau": 5.0}},
+               "tau 40": {"base": {"objective": "clip", "tau": 40.0}, "context": {"tau": 40.0}}},
+    "post": {"100 steps": {"base": {"objective": "clip", "steps": 100, "lr": 5e-4}, "context": {"steps": 100, "lr": 5e-4}}},
+}
+
+@cache
+def atlas_of(characters=cc.Settings.characters, distortion=cc.Settings.distortion, number_share=1.0):
+    return cc.Atlas(cc.choose_device(), characters, distortion, number_share)
+
+def trained(seed, init=None, folder="", **changes):
+    """The checkpoint of a model with these settings, the rest as by default, trained if it is not there yet."""
+    settings = cc.Settings(**{"objective": "clixp", "seed": seed} | changes)
+    differences = [f"{k}={v}" for k, v in changes.items() if k != "objective" and v != getattr(cc.Settings, k)]
+    out = RUNS / folder / ("-".join(differences) or "default") / f"seed{seed}"
+    cc.make_writable(out)
+    atlas = atlas_of(settings.characters, settings.distortion, settings.number_share)
+    cc.train(settings, atlas, out, resume=True, init=init and cc.read_checkpoint(init))
+    return out / f"{settings.objective}.pt"
+
+def measure(study, seeds):
+    """Train and evaluate all models of a study; rows (comparison, model, seed, task, group, shots, accuracy), zero-shot with
+    0 shots. Settings are tuned on the validation tasks, with prototypes; all else is reported on the 21 tasks, with the mean
+    of the six classifiers."""
+    for (name, models), seed in product(STUDIES[study].items(), range(seeds)):
+        more = {"init": trained(seed, objective="clip"), "folder": "post"} if study == "post" else {}
+        paths = {model: trained(seed, **more, **changes) for model, changes in models.items()}
+        found = defaultdict(list)
+        if study == "tuning":
+            for model, path in paths.items():
+                result = cc.read_checkpoint(path)["result"]
+                found[name, model, seed, "combinations", "combined", 0].append(result["zero-shot"])
+                for task, shots in product(result["tasks"], SHOTS):
+                    found[name, model, seed, task, "validation", shots].append(result["tasks"][task][shots])
+        else:
+            loaded = {model: cc.load(path) for model, path in paths.items()}
+            settings = next(iter(loaded.values())).settings
+            atlas, methods = atlas_of(settings.characters, settings.distortion, settings.number_share), ["zero-shot", *fs.SIX]
+            rows, _ = fs.evaluate(loaded, fs.card_tasks(atlas), fs.validation_tasks(atlas), methods, SHOTS, range(2), 12)
+            for model, task, group, _, shots, _, accuracy in rows:
+                found[name, model, seed, task, group, shots].append(accuracy)
+        yield from ((*key, round(sum(values) / len(values), 3)) for key, values in found.items())
+
+def tables(rows):
+    """{(comparison, model, shots): accuracies (tasks, seeds)} of `measure`'s rows; zero-shot leaves the unseen tasks out,
+    whose captions have words never trained."""
+    cells = defaultdict(lambda: defaultdict(list))
+    for name, model, _, task, group, shots, accuracy in rows:
+        if shots != "0" or group != "unseen":
+            cells[name, model, int(shots)][task].append(float(accuracy))
+    return {key: np.array(list(tasks.values())) for key, tasks in cells.items()}
+
+def write_ablations(rows, path):
+    """Print the table in Markdown."""
+    table = tables(rows)
+    print("| model | paper: zero-shot | 16-shot | here: zero-shot | 16-shot | 16-shot less full |\n" + "|---" * 6 + "|")
+    for model in ABLATIONS:
+        paper = [f"{value:.1f}" for value in PAPER.get(model, ())] or ["", ""]
+        here = [f"{table['', model, shots].mean():.1f}" for shots in (0, 16)]
+        gain, width = fs.interval(table["", model, 16] - table["", "full", 16])
+        print(f"| {' | '.join([model, *paper, *here])} |", "|" if model == "full" else f" {gain:+.1f} ± {width:.1f} |", sep="")
+
+def draw_sweep(rows, path):
+    """Print a table of both models and the gain of context for each value of a setting, and draw them."""
+    table = tables(rows)
+    names, every = list(dict.fromkeys(key[0] for key in table)), [0, *SHOTS]
+
+    def gain(name, shots):
+        return fs.interval(table[name, "context", shots] - table[name, "base", shots])
+
+    print(f"| {path.stem} | base: " + " | ".join(["zero-shot", *(f"{k}-shot" for k in SHOTS)]) + " | context - base: "
+          + " | ".join(["zero-shot", *(f"{k}-shot" for k in SHOTS)]) + " |\n" + "|---" * 9 + "|")  # fmt: skip
+    for name in names:
+        base = [f"{table[name, 'base', k].mean():.1f}" for k in every]
+        print(f"| {' | '.join([name, *base, *('{:+.1f} ± {:.1f}'.format(*gain(name, k)) for k in every)])} |")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
+    for i, (shots, color) in enumerate(zip(every, ["#555555", "#0072B2", "#E69F00", "#D55E00"])):
+        label = f"{shots}-shot" if shots else "zero-shot"
+        for model, line in (("base", "o--"), ("context", "s-")):
+            values = [table[name, model, shots].mean() for name in names]
+            left.plot(range(len(names)), values, line, color=color, markersize=4, label=f"{label}, {model}")
+        mean, width = np.nan_to_num(np.array([gain(name, shots) for name in names])).T
+        place = np.arange(len(names)) + 0.06 * (i - 1.5)
+        right.errorbar(place, mean, width, color=color, marker="s", markersize=4, capsize=2, label=label)
+    for axis, text in ((left, "accuracy in %"), (right, "context - base, points")):
+        axis.set_xticks(range(len(names)), names)
+        axis.set(xlabel=path.stem.replace("_", " "), ylabel=text)
+        axis.grid(alpha=0.3)
+    right.axhline(0, color="black", linewidth=0.8)
+    left.legend(fontsize=6, ncols=2)
+    right.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+# ---- During training ------------------------------------------------------------------------------------------------
+
+EMERGENCE = "model seed step plain_loss context_loss tau_1 tau_2 tau_ctx_sqrt_d attention_same 1-shot 4-shot 16-shot".split()
+
+def same_character(atlas, batch, seed=1):
+    """Cards of a training batch (B, 1, 32, 32), their characters (B,) and whether two share theirs (B, B), self left out."""
+    generator = torch.Generator(atlas.train.device).manual_seed(seed)
+    characters = atlas.train[torch.randint(len(atlas.train), (batch,), device=atlas.train.device, generator=generator)]
+    images, numbers = cc.draw_cards(atlas, characters, "train", generator)
+    same = (characters[:, None] == characters).fill_diagonal_(False)
+    return images, numbers, same
+
+def watch_emergence(seeds):
+    """Train both models, always anew; rows of EMERGENCE every 40 steps. Losses are means over the last ten batches;
+    attention_same is the share of an image's attention, on one batch, that falls on cards of its own character."""
+    atlas = atlas_of()
+    images, _, same = same_character(atlas, cc.Settings.batch_size)
+    for settings in [cc.Settings(objective, seed=seed) for objective in ("clip", "clixp") for seed in range(seeds)]:
+        seen, out = {}, RUNS / "emergence" / f"seed{settings.seed}"
+
+        @torch.no_grad()
+        def watch(step, model):
+            if step % 40 == 0:
+                weights = cc.attention(model.encode_image(images, normalize=True), model.log_tau_ctx.exp())
+                found = cc.validate(model, atlas)
+                seen[step] = [(weights * same).sum(1)[same.any(1)].mean().item(), *(found[shots] for shots in SHOTS)]
+
+        cc.make_writable(out)
+        cc.train(settings, atlas, out, watch=watch)
+        with open(out / f"{settings.objective}.csv") as file:
+            log = {int(row["step"]): row for row in csv.DictReader(file)}
+        for step, values in seen.items():
+            logged = [log[step][column] for column in EMERGENCE[3:8]]
+            yield settings.objective, settings.seed, step, *(f"{float(value):.4f}" for value in [*logged, *values])
+
+def draw_emergence(rows, path):
+    """Four panels over training steps: losses, temperatures, attention, few-shot accuracy; means over seeds."""
+    data = defaultdict(lambda: defaultdict(list))  # {(model, column): {step: values}}
+    for row in rows:
+        for column, value in zip(EMERGENCE[3:], row[3:]):
+            data[row[0], column][int(row[2])].append(float(value))
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
+    panels = [("loss in nats", ["plain_loss", "context_loss"]), ("temperature / its start", ["tau_1", "tau_2", "tau_ctx_sqrt_d"]),
+              ("attention on the same character, %", ["attention_same"]), ("validation accuracy, %", ["1-shot", "4-shot", "16-shot"])]  # fmt: skip
+    start = {"tau_1": 1 / 0.07, "tau_2": 1 / 0.07, "tau_ctx_sqrt_d": cc.Settings.tau_ctx, "attention_same": 0.01}
+    for axis, (title, columns) in zip(axes, panels):
+        for column, color in zip(columns, ["#0072B2", "#D55E00", "#009E73"]):
+            for model, line in (("clip", "--"), ("clixp", "-")):
+                if model == "clip" and column in ("context_loss", "tau_2", "tau_ctx_sqrt_d"):
+                    continue  # it has none
+                steps, values = zip(*((step, np.mean(v) / start.get(column, 1)) for step, v in data[model, column].items()))
+                axis.plot(steps, values, line, color=color, label=f"{column}, {model}".replace("_", " "))
+        axis.set(xlabel="step", ylabel=title)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, **({"loc": "lower right", "ncols": 2} if axis is axes[3] else {}))
+    axes[0].set_yscale("log")
+    axes[3].set_ylim(0)
+    figure.savefig(path, dpi=110)
+
+# ---- Pictures -------------------------------------------------------------------------------------------------------
+
+def draw_attention(path, queries=5, most=6):
+    """A few cards and those that they attend to most, with the weights, by the base and by the context-aware model, both at
+    the latter's tau_ctx. Green: the same character; orange: two or more digits in the same place."""
+    models = [cc.load(trained(0, objective=objective)) for objective in ("clip", "clixp")]
+    atlas = atlas_of()
+    images, numbers, same = same_character(atlas, cc.Settings.batch_size)
+    digits = (numbers[:, None] == numbers).sum(-1) >= 2
+    chosen = same.any(1).nonzero()[:queries, 0].tolist()
+    figure, axes = plt.subplots(queries, 2 * most + 2, figsize=(2 * most + 2, 1.2 * queries), layout="constrained")
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for side, (model, title) in enumerate(zip(models, ("base", "context"))):
+        weights = cc.attention(model.encode_image(images, normalize=True), models[1].log_tau_ctx.exp())
+        print(f"{title}: {100 * (weights * same).sum(1)[same.any(1)].mean():.1f} % of the attention on the same character, "
+              f"{100 * (weights * digits * ~same).sum(1).mean():.1f} % on others with two digits in common "
+              f"(uniform: {100 * same[same.any(1)].float().mean():.1f}, {100 * (digits * ~same).float().mean():.1f})")  # fmt: skip
+        for row, query in enumerate(chosen):
+            top = weights[query].topk(most)
+            for column, (weight, i) in enumerate(zip([None, *top.values.tolist()], [query, *top.indices.tolist()])):
+                axis = axes[row, side * (most + 1) + column]
+                axis.set_axis_on()
+                axis.set(xticks=[], yticks=[])
+                axis.imshow(images[i, 0].cpu(), cmap="gray", vmin=0, vmax=1)
+                axis.set_title(f"{title}: query" if weight is None else f"{100 * weight:.1f} %", fontsize=8)
+                color = "black" if weight is None else "#009E73" if same[query, i] else "#E69F00" if digits[query, i] else None
+                for spine in axis.spines.values():
+                    spine.set(color=color or "lightgrey", linewidth=3 if color else 1)
+    figure.savefig(path, dpi=100)
+
+def draw_cards(path, rows=3, columns=6):
+    """Training cards with their captions."""
+    atlas = atlas_of()
+    generator = torch.Generator(atlas.train.device).manual_seed(0)
+    images, tokens = cc.draw_batch(atlas, cc.Settings(batch_size=rows * columns), generator)
+    words = list(atlas.vocabulary)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.3 * rows), layout="constrained")
+    for axis, image, row in zip(axes.flat, images.cpu(), tokens.tolist()):
+        axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
+        caption = " ".join(words[token] for token in row if token).replace(" number", ", number")
+        axis.set_title(textwrap.fill(caption, 25), fontsize=8)
+        axis.axis("off")
+    figure.savefig(path, dpi=110)
+
+def profile():
+    """Print how a training step's time divides: medians in milliseconds of the full step, of the encoders alone (forward
+    and backward on fixed tensors), of drawing the cards, and of the loss (forward and backward)."""
+    from torch.utils.benchmark import Timer  # here, for it looks for compilers, and says so
+
+    settings = cc.Settings("clixp")
+    atlas = atlas_of(settings.characters, settings.distortion, settings.number_share)
+    device, generator = atlas.train.device, torch.Generator(atlas.train.device).manual_seed(0)
+    model = cc.ContextCLIP(settings, atlas.vocabulary).to(device, memory_format=torch.channels_last)
+    optimizer, bf16, batch = cc.make_optimizer(model, settings), cc.use_bf16(settings, device), cc.draw_batch(atlas, settings, generator)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    v, t = (torch.randn(settings.batch_size, settings.width, device=device, requires_grad=True) for _ in "vt")
+    parts = {
+        "full step": "cc.training_step(model, model, optimizer, *cc.draw_batch(atlas, settings, generator), 0.0, bf16)",
+        "encoders": "with autocast: out = model(*batch)\ntorch.autograd.backward(out, [torch.ones_like(o) for o in out])",
+        "cards": "cc.draw_batch(atlas, settings, generator)",
+        "loss": "cc.lixp_loss(v, t, model, settings)[0].backward()",
+    }
+    scope, threads = globals() | locals(), torch.get_num_threads()
+    timers = [Timer(code, globals=scope, num_threads=threads) for code in parts.values()]
+    rounds = [[1000 * timer.timeit(2).median for timer in timers] for _ in range(8)]  # in turn: machines drift
+    medians = np.median(rounds, axis=0)
+    for name, median in zip(parts, medians):
+        print(f"{name:9}{median:9.1f} ms{median / medians[0]:6.0%}")
+
+def main():
+    parser = argparse.ArgumentParser(description="The studies of the README; see the top of the file.")
+    parser.error = lambda message: cc.fail(message, "study")
+    parser.add_argument("study", choices=[*STUDIES, "emergence", "attention", "cards", "profile"])
+    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 11), metavar="N", help="training seeds (%(default)s)")
+    parser.add_argument("--draw", action="store_true", help="only draw, from the CSV file")
+    args = parser.parse_args()
+    path = FIGURES / f"{args.study}.png"
+    try:
+        if args.study == "attention":
+            return draw_attention(path)
+        if args.study == "cards":
+            return draw_cards(path)
+        if args.study == "profile":
+            return profile()
+        data = path.with_suffix(".csv")
+        if not args.draw:
+            emergence = args.study == "emergence"
+            rows = list(watch_emergence(args.seeds) if emergence else measure(args.study, args.seeds))
+            with open(data, "w", newline="") as file:
+                csv.writer(file).writerows([EMERGENCE if emergence else "of model seed task group shots accuracy".split(), *rows])
+        with open(data, newline="") as file:
+            rows = list(csv.reader(file))[1:]
+        {"ablations": write_ablations, "emergence": draw_emergence}.get(args.study, draw_sweep)(rows, path)
+    except cc.UserError as error:
+        cc.fail(error, "study")
+    except OSError as error:
+        cc.fail(f"{error.filename}: {error.strerror}", "study")
+
+if __name__ == "__main__":
+    main()
