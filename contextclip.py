@@ -499,7 +499,8 @@ def initialize(model, source):
 
 def train(settings, atlas, out, resume=False, init=None, compile=False, watch=None):
     """Train one model on the atlas's device, from the weights of `init` (a checkpoint's content) if given; write
-    out/<objective>.pt and .csv; `watch(step, model)` is called at every line of the log. Returns the row of the final table. Raises UserError; Ctrl-C exits after saving.
+    out/<objective>.pt and .csv; call `watch(step, model)` at every line of the log. Returns the row of the final table.
+    Raises UserError; Ctrl-C exits after saving.
 
     Weights and batches come from settings.seed by two generators from which no objective draws: two objectives with one
     seed start from the same weights and see the same batches.

@@ -234,7 +234,7 @@ def draw_attention(path, queries=5, most=6):
                 axis = axes[row, side * (most + 1) + column]
                 axis.set_axis_on()
                 axis.set(xticks=[], yticks=[])
-                axis.imshow(images[i, 0].cpu(), cmap="gray", vmin=0, vmax=1)
+                axis.imshow(images[i, 0].numpy(force=True), cmap="gray", vmin=0, vmax=1)
                 axis.set_title(f"{title}: query" if weight is None else f"{100 * weight:.1f} %", fontsize=8)
                 color = "black" if weight is None else "#009E73" if same[query, i] else "#E69F00" if digits[query, i] else None
                 for spine in axis.spines.values():
@@ -264,7 +264,8 @@ def profile():
     atlas = atlas_of(settings.characters, settings.distortion, settings.number_share)
     device, generator = atlas.train.device, torch.Generator(atlas.train.device).manual_seed(0)
     model = cc.ContextCLIP(settings, atlas.vocabulary).to(device, memory_format=torch.channels_last)
-    optimizer, bf16, batch = cc.make_optimizer(model, settings), cc.use_bf16(settings, device), cc.draw_batch(atlas, settings, generator)
+    optimizer, bf16 = cc.make_optimizer(model, settings), cc.use_bf16(settings, device)
+    batch = cc.draw_batch(atlas, settings, generator)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     v, t = (torch.randn(settings.batch_size, settings.width, device=device, requires_grad=True) for _ in "vt")
     parts = {
