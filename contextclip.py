@@ -27,6 +27,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -35,9 +36,11 @@ import torch
 import torch.nn.functional as F
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
+from torch import distributed as dist
 from torch import nn
 from torch.nn.utils import get_total_norm
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from torchvision import transforms
 from torchvision.models import VisionTransformer
 from tqdm import tqdm
@@ -73,6 +76,7 @@ class Settings:
     characters: int = option(250, "how many to train on, 0 for all; an image's context needs others of its kind")
     distortion: float = option(0.25, "how far cards are turned, shifted, shaded; at 1 the numbers are hard to read", high=1)
     precision: str = option("auto", "of the encoders (losses are float32):", choices=("auto", "float32", "bf16"))
+    chunk: int = option(0, "losses in blocks of so many rows: memory grows as B x chunk; 0: all rows at once")
     no_mask: bool = option(False, "ablation: an image may attend to itself")
     shared_temperature: bool = option(False, "ablation: tau_1 (and b_1) serve the context loss too")
     detach_values: bool = option(False, "ablation: no gradient into the values V")
@@ -117,26 +121,28 @@ def chance_loss(settings):
 
 # ---- 2. Context -----------------------------------------------------------------------------------------------------
 
-def attention(x, tau_ctx, mask=True):
+def attention(x, tau_ctx, mask=True, rows=slice(None)):
     """softmax_j( x_i.K_j / (tau_ctx sqrt(d)) ) with keys K = x: how much of image j goes into the context of image i.
 
-    x (B, d) normalised -> (B, B), each row sums to 1; with `mask` the diagonal is 0: an image is rebuilt from the others.
+    x (B, d) normalised -> (B, B) or its `rows` alone, each row sums to 1; with `mask` the diagonal is 0: an image is
+    rebuilt from the others.
     """
-    scores = x @ x.T / (tau_ctx * x.shape[1] ** 0.5)
+    scores, everyone = x[rows] @ x.T / (tau_ctx * x.shape[1] ** 0.5), torch.arange(len(x), device=x.device)
     if mask:
-        scores = scores.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), -math.inf)
+        scores = scores.masked_fill(everyone[rows, None] == everyone, -math.inf)
     return scores.softmax(dim=1)
 
-def contextualize(v, tau_ctx, mask=True, detach_values=False, normalize_values=False):
+def contextualize(v, tau_ctx, mask=True, detach_values=False, normalize_values=False, rows=slice(None)):
     """x_ctx_i = softmax_j( x_i.K_j / (tau_ctx sqrt(d)) ) V, j != i: every image rebuilt by attention over the others.
 
     v (B, d) raw image embeddings -> x_ctx (B, d), not normalised. Keys are the normalised embeddings, values the raw
-    ones; gradients flow through queries, keys and values. The three switches are the paper's ablations.
+    ones; gradients flow through queries, keys and values. The three switches are the paper's ablations. `rows`: of x_ctx,
+    these alone.
     """
     x = F.normalize(v, dim=1)
     values = x if normalize_values else v
     values = values.detach() if detach_values else values
-    return attention(x, tau_ctx, mask) @ values
+    return attention(x, tau_ctx, mask, rows) @ values
 
 def lixp_loss(v, t, model, settings):
     """L_LIxP = alpha L(X, T; tau_1) + (1 - alpha) L(X_ctx, T; tau_2); the base objectives are L(X, T; tau_1) alone.
@@ -144,20 +150,69 @@ def lixp_loss(v, t, model, settings):
     v, t (B, d) raw image and text embeddings, in any precision; `model` holds the temperatures. Returns (3,) nats:
     the loss, its plain and its context term (0 where there is none).
     """
-    v, t = v.float(), F.normalize(t.float(), dim=1)
+    v, t = gather(v.float()), gather(F.normalize(t.float(), dim=1))
+    in_blocks = partial(over_rows, len(v), settings.chunk) if settings.chunk or dist.is_initialized() else None
 
     def loss(x, log_tau, b):
-        x = F.normalize(x, dim=1)  # of x_ctx as well: our reading
-        return siglip_loss(x, t, log_tau.exp(), b) if settings.sigmoid else clip_loss(x, t, log_tau.exp())
+        x, scale = F.normalize(x, dim=1), (log_tau.exp(), b)[: 1 + settings.sigmoid]  # of x_ctx as well: our reading
+        if in_blocks:
+            return in_blocks(siglip_rows if settings.sigmoid else clip_rows, x, t, *scale).mean()
+        return siglip_loss(x, t, *scale) if settings.sigmoid else clip_loss(x, t, *scale)
 
     plain = loss(v, model.log_tau_1, model.b_1)
     if not settings.context:
         return torch.stack((plain, plain, torch.zeros_like(plain)))
     switches = not settings.no_mask, settings.detach_values, settings.normalize_values
-    x_ctx = contextualize(v, model.log_tau_ctx.exp(), *switches)
+    rebuild = partial(contextualize, v, model.log_tau_ctx.exp(), *switches)
+    x_ctx = gather(in_blocks(rebuild)) if in_blocks else rebuild()
     own = (model.log_tau_1, model.b_1) if settings.shared_temperature else (model.log_tau_2, model.b_2)
     context = loss(x_ctx, *own)
     return torch.stack((settings.alpha * plain + (1 - settings.alpha) * context, plain, context))
+
+# Large batches (--chunk) and several processes (torchrun): the same losses, row by row. A process computes the rows of its
+# own part of the batch, a block at a time, and every block again in the backward pass, so that no B x B matrix is kept.
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+class Gather(torch.autograd.Function):
+    """A process's rows -> those of all processes, in order of rank; backward, the sum of what all of them send here."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(processes())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(processes())[rank()]
+
+def gather(x):
+    return Gather.apply(x) if dist.is_initialized() else x
+
+def over_rows(B, chunk, function, *tensors):
+    """cat of function(*tensors, rows=i) over blocks i of `chunk` rows, of this process's part of the batch's B rows."""
+    part, first = B // processes(), B // processes() * rank()
+    last, chunk = first + part, chunk or part
+    blocks = [slice(start, min(start + chunk, last)) for start in range(first, last, chunk)]
+    return torch.cat([checkpoint(function, *tensors, rows=block, use_reentrant=False) for block in blocks])
+
+def clip_rows(x, t, tau, rows):
+    """The terms of `clip_loss` for some rows i and columns i, (n,)."""
+    i = torch.arange(len(x), device=x.device)[rows]
+    return sum(F.cross_entropy(tau * a[rows] @ b.T, i, reduction="none") for a, b in ((x, t), (t, x))) / 2
+
+def siglip_rows(x, t, tau, b, rows):
+    """The terms of `siglip_loss` for some rows, (n,)."""
+    i = torch.arange(len(x), device=x.device)
+    z = 2 * (i[rows, None] == i).to(x.dtype) - 1
+    return -F.logsigmoid(z * (tau * x[rows] @ t.T + b)).sum(1)
 
 # ---- 3. Encoders ----------------------------------------------------------------------------------------------------
 
@@ -297,7 +352,7 @@ class Atlas:
             return np.array(canvas)
 
         characters, glyphs, rows = [], [], {group: [] for group in FACES}
-        for code in tqdm(sorted(code for code in drawn if drawn[code] >= 4), "drawing glyphs", leave=False):
+        for code in tqdm(sorted(code for code in drawn if drawn[code] >= 4), "drawing glyphs", leave=False, disable=rank() > 0):
             if unicodedata.category(chr(code))[0] in "CMZ" or not unicodedata.name(chr(code), ""):
                 continue  # control characters, combining marks, separators
             characters.append(chr(code))
@@ -427,16 +482,28 @@ COLUMNS = "step loss plain_loss context_loss tau_1 tau_2 tau_ctx_sqrt_d b_1 b_2 
 
 def choose_device(name="auto"):
     """A torch device that works, with its global switches set. Raises UserError."""
+    if name in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.zeros(1, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {name}: there is no such device here") from None
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.enable_flash_sdp(device.type != "cpu")  # the CPU's is three times slower on short captions
     torch.backends.mha.set_fastpath_enabled(False)  # evaluate with the kernels that trained
     return device
+
+def join_processes(device):
+    """Under torchrun, join the others; the batch is divided between them. Returns their store, else None."""
+    if "RANK" not in os.environ:
+        return None
+    store, number, size = next(dist.rendezvous("env://"))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=number, world_size=size)
+    return store
 
 def use_bf16(settings, device):
     """Whether the encoders run in bf16: where the hardware multiplies it; elsewhere it is slower than float32."""
@@ -453,6 +520,18 @@ def make_optimizer(model, settings):
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98), fused=True)
 
+def mean_over_processes(values):
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values / processes()
+
+def average_gradients(model):
+    """Each process's loss is the mean over its rows: the mean of their gradients is that of the whole batch."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    mean = mean_over_processes(torch.cat([g.flatten() for g in gradients]))
+    for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients])):
+        gradient.copy_(part.view_as(gradient))
+
 def training_step(model, forward, optimizer, images, tokens, lr, bf16):
     """One update; `forward` is the model or its compiled form. Returns `lixp_loss`'s three numbers, on the device."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
@@ -462,6 +541,8 @@ def training_step(model, forward, optimizer, images, tokens, lr, bf16):
         group["lr"] = lr
     optimizer.zero_grad()
     losses[0].backward()
+    if dist.is_initialized():
+        average_gradients(model)
     optimizer.step()
     model.clamp_temperatures()
     return losses.detach()
@@ -525,12 +606,13 @@ def train(settings, atlas, out, resume=False, init=None, compile=False, watch=No
     optimizer, bf16 = make_optimizer(model, settings), use_bf16(settings, device)
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
-    elif path.exists():  # an earlier run is not lost
+    elif path.exists() and not rank():  # an earlier run is not lost
         path.replace(path.with_name(path.name + ".bak"))
     chance, warmup = chance_loss(settings), max(1, settings.steps // 20)
+    whole = f"{settings.batch_size}, in {processes()} processes" if processes() > 1 else settings.batch_size
     print(f"{settings.objective}: {device}, {'bf16' if bf16 else 'float32'}, "
           f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(atlas.train)} characters, "
-          f"{settings.steps} steps of {settings.batch_size}; chance-level loss {chance:.3f}")  # fmt: skip
+          f"{settings.steps} steps of {whole}; chance-level loss {chance:.3f}")  # fmt: skip
     forward = model
     if compile:
         torch._dynamo.config.suppress_errors = True  # where compiling fails, it goes on with the plain model
@@ -538,6 +620,8 @@ def train(settings, atlas, out, resume=False, init=None, compile=False, watch=No
 
     def save(result=None):
         """To a temporary file, then renamed: `path` is always a whole checkpoint, the old one or the new one."""
+        if rank():
+            return
         random = {"device": device.type, "batches": generator.get_state(), "torch": torch.get_rng_state()}
         content = {"format": FORMAT, "settings": asdict(settings), "vocabulary": list(atlas.vocabulary), "log": log,
                    "seconds": seconds, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
@@ -555,17 +639,19 @@ def train(settings, atlas, out, resume=False, init=None, compile=False, watch=No
     stopped = []  # by Ctrl-C or kill: go on to the next log line, save, return
     handlers = {s: signal.signal(s, lambda *_: stopped.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
     start = log[-1][0] if log else 0
-    bar = tqdm(total=settings.steps, initial=start, desc=settings.objective, unit="step", mininterval=0.5)
+    bar = tqdm(total=settings.steps, initial=start, desc=settings.objective, unit="step", mininterval=0.5,
+               disable=rank() > 0)  # fmt: skip
     losses, logged, begin = torch.zeros(3, device=device), start, time.perf_counter()
+    own = slice(rank() * settings.batch_size // processes(), (rank() + 1) * settings.batch_size // processes())
     try:
         for step in range(start + 1, settings.steps + 1):
             images, tokens = draw_batch(atlas, settings, generator)
             lr = settings.lr * min(step / warmup, (1 + math.cos(math.pi * (step - 1) / settings.steps)) / 2)
-            losses += training_step(model, forward, optimizer, images, tokens, lr, bf16)
+            losses += training_step(model, forward, optimizer, images[own], tokens[own], lr, bf16)
             bar.update()
             if step % LOG_EVERY and step < settings.steps:
                 continue
-            mean = (losses / (step - logged)).tolist()
+            *mean, stop = mean_over_processes(torch.cat((losses / (step - logged), losses.new_tensor([len(stopped)])))).tolist()
             if not math.isfinite(mean[0]) or not get_total_norm(model.parameters()).isfinite():
                 kept = f"{path} keeps the last good step" if path.exists() else "nothing was saved yet"
                 raise UserError(f"the loss is no longer finite at step {step}: {kept}; try a lower --lr")
@@ -580,11 +666,11 @@ def train(settings, atlas, out, resume=False, init=None, compile=False, watch=No
             if logged < settings.steps / 10 <= step and settings.steps >= SAVE_EVERY and mean[1] > 0.98 * chance:
                 bar.write(f"warning: a tenth of the run is over, and the loss, {mean[1]:.3f}, is still at chance")
             losses, logged = torch.zeros_like(losses), step
-            if step < settings.steps and (stopped or step % SAVE_EVERY == 0):
+            if step < settings.steps and (stop or step % SAVE_EVERY == 0):
                 save()
-            if stopped and step < settings.steps:
+            if stop and step < settings.steps:
                 command = " ".join(["python", *sys.argv, *["--resume"] * ("--resume" not in sys.argv)])
-                print(f"stopped at step {step} and saved; to go on: {command}", file=sys.stderr)
+                print(f"stopped at step {step} and saved; to go on: {command}", file=sys.stdout if rank() else sys.stderr)
                 raise SystemExit(130)
     finally:
         bar.close()
@@ -597,8 +683,13 @@ def train(settings, atlas, out, resume=False, init=None, compile=False, watch=No
 
 # ---- 7. Command line ------------------------------------------------------------------------------------------------
 
-def fail(message, program="contextclip"):
-    sys.stderr.write(f"{program}: {message}\n")
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+def fail(message, program="contextclip", store=None):
+    """One line, exit status 2. Of several processes the first to fail speaks; the others fail because it left."""
+    if store.add("failed", 1) == 1 if store else os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"{program}: {message}\n")
     sys.exit(2)
 
 def make_writable(folder):
@@ -621,21 +712,32 @@ def main(arguments=None):
                 "dry-run": "a few small steps into OUT/dry-run, to see that all works"}  # fmt: skip
     for name, text in switches.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
-    args = parser.parse_args(arguments)
+    args, store = parser.parse_args(arguments), None
     try:
         given = {f.name: getattr(args, f.name) for f in fields(Settings)}
         if args.dry_run:
             given, args.out = given | {"steps": 20, "batch_size": min(64, args.batch_size)}, args.out / "dry-run"
         runs = [Settings(**given | {"objective": objective}) for objective in args.objective.split(",")]
         device = choose_device(args.device)
+        store = join_processes(device)
+        if rank():
+            sys.stdout = open(os.devnull, "w")
+        if args.batch_size % processes():
+            raise UserError(f"--batch-size {args.batch_size}: it must be a multiple of the number of processes, {processes()}")
         init = read_checkpoint(args.init) if args.init else None
         make_writable(args.out)
         atlas = Atlas(device, args.characters, args.distortion, args.number_share)
         results = [train(settings, atlas, args.out, args.resume, init, args.compile) for settings in runs]
+        if store:
+            dist.destroy_process_group()
     except UserError as error:
-        fail(error)
+        fail(error, store=store)
     except OSError as error:
-        fail(f"{error.filename} cannot be written: {error.strerror}")
+        fail(f"{error.filename} cannot be written: {error.strerror}", store=store)
+    except RuntimeError as error:  # one process's own, or that another left
+        if not store:
+            raise
+        fail(f"process {rank()}: {first_line(error)}", store=store)
     print("\nobjective    loss  zero-shot  1-shot  4-shot  16-shot  seconds  images/s")
     for r in results:
         print("{objective:9}{loss:8.3f}{zero-shot:11.1f}".format(**r), end="")

@@ -197,9 +197,6 @@ def validation_tasks(atlas):
     return [card_task(atlas, name, "combined" if name == "combinations" else "unseen", members, "validation")
             for name, members in atlas.validation.items()]  # fmt: skip
 
-def first_line(error):
-    return (str(error) or type(error).__name__).splitlines()[0]
-
 def open_dataset(source, root):
     """A folder with a folder of images per class, or a torchvision dataset by NAME or NAME:SPLIT, its test part by default,
     downloaded into `root` if need be. Raises UserError."""
@@ -207,7 +204,7 @@ def open_dataset(source, root):
         try:
             return torchvision.datasets.ImageFolder(source)
         except FileNotFoundError as error:  # no class folder, or an empty one
-            raise UserError(f"--data {source}: {first_line(error)}") from None
+            raise UserError(f"--data {source}: {cc.first_line(error)}") from None
     name, _, split = source.partition(":")
     kind = getattr(torchvision.datasets, name, None)
     if not (inspect.isclass(kind) and issubclass(kind, torchvision.datasets.VisionDataset)):
@@ -222,7 +219,7 @@ def open_dataset(source, root):
     try:
         return kind(**{key: value for key, value in wanted.items() if key in known})
     except Exception as error:  # each of them fails in ways of its own
-        raise UserError(f"--data {source}: cannot be downloaded or read ({first_line(error)})") from None
+        raise UserError(f"--data {source}: cannot be downloaded or read ({cc.first_line(error)})") from None
 
 def image_task(source, templates, root, seeds, shots, queries, device):
     """A task of one's own images. A class's name fills the {} of each template: "0 - zero" becomes "zero", as does the
@@ -251,7 +248,7 @@ def image_task(source, templates, root, seeds, shots, queries, device):
             images.append(cc.preprocess(dataset[i][0]))
         except Exception as error:  # Pillow has many ways to fail
             path = dataset.samples[i][0] if hasattr(dataset, "samples") else f"image {i} of {source}"
-            raise UserError(f"{path} cannot be read ({first_line(error)})") from None
+            raise UserError(f"{path} cannot be read ({cc.first_line(error)})") from None
     images, place = torch.stack(images).to(device), torch.from_numpy(place.reshape(order.shape)).to(device)
 
     def readable(name):

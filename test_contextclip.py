@@ -230,6 +230,141 @@ def test_each_switch_changes_what_it_says_and_nothing_else():
     assert base[0] == base[1] == losses[1] and base[2] == 0
 
 
+# ---- large batches, several processes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 17, 100])
+@pytest.mark.parametrize("switches", [{}, {"no_mask": True}, {"detach_values": True, "normalize_values": True}, {"shared_temperature": True}])
+@pytest.mark.parametrize("objective", ["clip", "siglip", "clixp", "siglixp"])
+def test_losses_in_blocks_equal_the_plain_ones(objective, switches, chunk):
+    v, t = embeddings(17, d=32)
+    model = make_model(objective=objective, batch_size=17).double()
+    scalars = [model.log_tau_1, model.log_tau_2, model.log_tau_ctx, model.b_1, model.b_2]
+    plain, blocks = (float64_lixp(v, t, model, cc.Settings(objective, batch_size=17, chunk=n, **switches)) for n in (0, chunk))
+    same(blocks, plain, [v, t, *scalars])
+
+
+def saved_bytes(objective, B, chunk):
+    """What autograd keeps of the loss for the backward pass, each storage counted once."""
+    v, t = (x.detach().float().requires_grad_() for x in embeddings(B, d=32))
+    model, storages = make_model(objective=objective), {}
+
+    def pack(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = cc.lixp_loss(v, t, model, cc.Settings(objective, batch_size=B, chunk=chunk))
+    assert loss.requires_grad
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("objective", ["clip", "siglip", "clixp", "siglixp"])
+def test_blocks_keep_no_matrix_for_the_backward_pass(objective):
+    B, matrix = 512, 4 * 512**2
+    assert saved_bytes(objective, B, 0) > matrix
+    assert saved_bytes(objective, B, 32) < matrix / 2 and saved_bytes(objective, 2 * B, 32) < 2.5 * saved_bytes(objective, B, 32)
+
+
+PROCESS = """
+import sys, torch, contextclip as cc
+from torch import distributed as dist
+from torch.nn.functional import normalize
+store = cc.join_processes(torch.device("cpu")) if sys.argv[1] == "several" else None
+torch.set_num_threads(1)
+found = {}
+for objective in ("clip", "siglip", "clixp", "siglixp"):
+    for chunk in (0, 3):
+        torch.manual_seed(0)
+        settings = cc.Settings(objective, batch_size=16, width=32, chunk=chunk)
+        model = cc.ContextCLIP(settings, cc.build_vocabulary(["a b c d"]))
+        images, tokens = torch.rand(16, 1, 32, 32), torch.randint(2, 6, (16, 5))
+        n = 16 // cc.processes()
+        own = slice(cc.rank() * n, cc.rank() * n + n)
+        losses = cc.lixp_loss(*model(images[own], tokens[own]), model, settings)
+        losses[0].backward()
+        if store:
+            cc.average_gradients(model)
+        found[objective, chunk] = cc.mean_over_processes(losses.detach()), {n: p.grad for n, p in model.named_parameters()}
+if not cc.rank():
+    torch.save(found, sys.argv[2])
+if store:
+    dist.destroy_process_group()
+"""
+
+
+def torchrun(*arguments, **environment):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(Path(SCRIPT).parent), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.fixture(scope="session")
+def one_and_two(tmp_path_factory):
+    """Losses and gradients of one process and of two."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "process.py").write_text(PROCESS)
+    two = torchrun(folder / "process.py", "several", folder / "2.pt")
+    one = subprocess.run([sys.executable, str(folder / "process.py"), "one", str(folder / "1.pt")], capture_output=True, text=True,
+                         env=os.environ | {"PYTHONPATH": str(Path(SCRIPT).parent)}, timeout=300)  # fmt: skip
+    assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
+    return [torch.load(folder / f"{n}.pt", weights_only=True) for n in (1, 2)]
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+@pytest.mark.parametrize("objective", ["clip", "siglip", "clixp", "siglixp"])
+def test_two_processes_give_the_loss_and_gradients_of_one(objective, chunk, one_and_two):
+    (loss, gradients), (loss2, gradients2) = (found[objective, chunk] for found in one_and_two)
+    torch.testing.assert_close(loss2, loss, rtol=1e-5, atol=1e-5)
+    assert gradients["image_encoder.0.weight"].abs().max() > 1e-3 and gradients["words.weight"].abs().max() > 1e-3
+    for name, gradient in gradients.items():
+        assert (gradient is None) == (gradients2[name] is None)
+        if gradient is not None:
+            torch.testing.assert_close(gradients2[name], gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_two_processes_train_one_model_which_one_process_resumes(tmp_path):
+    common = [*SMALL, "--objective", "clixp", "--steps", "120"]
+    assert cc.main([*common, "--out", str(tmp_path / "one")]) is None
+    run = torchrun(SCRIPT, *common, "--out", tmp_path / "two")
+    assert run.returncode == 0 and run.stdout.count("in 2 processes") == 1 and run.stdout.count("objective  ") == 1
+    one, two = (cc.read_checkpoint(tmp_path / out / "clixp.pt") for out in ("one", "two"))
+    assert sorted(os.listdir(tmp_path / "two")) == ["clixp.csv", "clixp.pt"]
+    early = slice(0, 3)  # later, rounding grows
+    np.testing.assert_allclose(np.array(two["log"])[early, 1:9], np.array(one["log"])[early, 1:9], rtol=1e-4, atol=1e-5)
+    two["result"], two["log"] = None, two["log"][:-1]  # as if stopped
+    torch.save(two, tmp_path / "two" / "clixp.pt")
+    cc.main([*common, "--out", str(tmp_path / "two"), "--resume"])
+    assert cc.read_checkpoint(tmp_path / "two" / "clixp.pt")["log"][-1][0] == 120
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--batch-size", "33"], "--batch-size 33: it must be a multiple of the number of processes, 2"),
+    (["--steps", "0"], "--steps 0: it must lie between"), (["--lr", "1e9"], "the loss is no longer finite")])  # fmt: skip
+def test_of_several_processes_one_tells_what_is_wrong(arguments, message, tmp_path):
+    run = torchrun(SCRIPT, *SMALL, "--out", tmp_path, *arguments)
+    lines = [line for line in run.stderr.splitlines() if "contextclip: " in line]
+    assert run.returncode and len(lines) == 1 and message in lines[0]
+
+
+def test_a_process_that_dies_ends_the_run_with_one_message(tmp_path):
+    (tmp_path / "run.py").write_text("""
+import os, contextclip as cc
+original, calls = cc.training_step, []
+def training_step(*args):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 7:
+        raise RuntimeError("out of memory")
+    return original(*args)
+cc.training_step = training_step
+cc.main()
+""")
+    run = torchrun(tmp_path / "run.py", *SMALL, "--steps", "1000", "--out", tmp_path / "out")
+    lines = [line for line in run.stderr.splitlines() if "contextclip: " in line]
+    assert run.returncode and len(lines) == 1 and lines[0].endswith("contextclip: process 1: out of memory")
+    assert not list((tmp_path / "out").glob("*"))
+
+
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 
