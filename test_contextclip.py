@@ -1280,6 +1280,14 @@ def test_pictures_and_profile(study, monkeypatch, tmp_path, capsys):
     assert re.search(r"full step +[\d.]+ ms +100%\nencoders +[\d.]+ ms +\d+%\ncards.*\nloss", capsys.readouterr().out)
 
 
+def test_memory_study_measures_each_size(study, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "study", study)  # the measuring processes import it
+    monkeypatch.syspath_prepend(str(Path(SCRIPT).parent / "figures"))
+    study.tabulate_memory(sizes=(1024,), chunk=128)
+    cells = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    assert cells[0] == "| 1,024" and float(cells[1]) > float(cells[3]) >= 0 and float(cells[2]) > 0
+
+
 def test_cards_of_no_distortion_are_upright_and_clean(atlas):
     plain = cc.Atlas("cpu", limit=300, distortion=0.0)
     characters = atlas.train[:64]

@@ -11,6 +11,7 @@
     python figures/study.py attention     which cards of the batch an image attends to
     python figures/study.py cards         training cards with their captions
     python figures/study.py profile       where the time of a training step goes
+    python figures/study.py memory        memory and time of the loss against B, plain and in blocks
 
 Models are kept in runs/study: what is trained already is not trained again, and an interrupted study goes on. `--draw`
 only draws, from the CSV file. Accuracies are those of fewshot.py's 21 tasks, the mean of its six training-free classifiers
@@ -21,9 +22,12 @@ import argparse
 import csv
 import sys
 import textwrap
+import time
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -281,10 +285,43 @@ def profile():
     for name, median in zip(parts, medians):
         print(f"{name:9}{median:9.1f} ms{median / medians[0]:6.0%}")
 
+def loss_memory(B, chunk):
+    """(MiB that the loss and its gradient add to a process's or the GPU's peak, median seconds of three)."""
+    import resource  # here, for Windows has none
+
+    device, settings = cc.choose_device(), cc.Settings("clixp", batch_size=B, chunk=chunk)
+    model = cc.ContextCLIP(settings, ["a"]).to(device)
+    v, t = (torch.randn(B, settings.width, device=device, requires_grad=True) for _ in "vt")
+    cuda, seconds = device.type == "cuda", []
+
+    def peak():  # the system counts in KiB, on a Mac in bytes
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        return torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+    cc.lixp_loss(v[:64], t[:64], model, settings)[0].backward()
+    before = peak()
+    for _ in range(3):
+        start = time.perf_counter()
+        cc.lixp_loss(v, t, model, settings)[0].backward()
+        float(v.grad.sum())  # waits for the GPU
+        seconds.append(time.perf_counter() - start)
+    return peak() - before, sorted(seconds)[1]
+
+def tabulate_memory(sizes=(1024, 2048, 4096, 8192, 16384), chunk=512):
+    """Print the table in Markdown: every measurement has a process of its own."""
+    print(f"| B | plain: MiB | seconds | --chunk {chunk}: MiB | seconds | memory | time |\n" + "|---" * 7 + "|")
+    for B in sizes:
+        found = []
+        for rows in (0, chunk):
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                found += pool.submit(loss_memory, B, rows).result()
+        print(f"| {B:,} | {found[0]:,.0f} | {found[1]:.2f} | {found[2]:,.0f} | {found[3]:.2f} | "
+              f"1/{found[0] / found[2]:.1f} | x {found[3] / found[1]:.2f} |", flush=True)  # fmt: skip
+
 def main():
     parser = argparse.ArgumentParser(description="The studies of the README; see the top of the file.")
     parser.error = lambda message: cc.fail(message, "study")
-    parser.add_argument("study", choices=[*STUDIES, "emergence", "attention", "cards", "profile"])
+    parser.add_argument("study", choices=[*STUDIES, "emergence", "attention", "cards", "profile", "memory"])
     parser.add_argument("--seeds", type=int, default=3, choices=range(1, 11), metavar="N", help="training seeds (%(default)s)")
     parser.add_argument("--draw", action="store_true", help="only draw, from the CSV file")
     args = parser.parse_args()
@@ -296,6 +333,8 @@ def main():
             return draw_cards(path)
         if args.study == "profile":
             return profile()
+        if args.study == "memory":
+            return tabulate_memory()
         data = path.with_suffix(".csv")
         if not args.draw:
             emergence = args.study == "emergence"
