@@ -189,7 +189,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # all_reduce overwrites it
         dist.all_reduce(gradient)
         return gradient.chunk(processes())[rank()]
 
