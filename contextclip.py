@@ -69,7 +69,7 @@ class Settings:
     lr: float = option(2e-3, "peak learning rate of AdamW, between a linear warm-up and a cosine to 0")
     weight_decay: float = option(0.1, "of matrices; temperatures, biases and gains have none")
     width: int = option(64, "d, of the embeddings and the encoders; a multiple of 32", low=32)
-    alpha: float = option(0.9, "weight of the plain loss; the context loss has 1 - alpha", high=1)
+    alpha: float = option(0.97, "weight of the plain loss; the context loss has 1 - alpha; the paper: 0.9", high=1)
     tau: float = option(0.0, "start of tau_1 and tau_2; 0 for 1 / 0.07, with the sigmoid 10", high=SCALE_RANGE[1])
     tau_ctx: float = option(0.25, "start of tau_ctx sqrt(d); at 1 the attention is uniform", *TAU_CTX_RANGE)
     number_share: float = option(1.0, "share of captions that name the card's number", high=1)
