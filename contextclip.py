@@ -591,8 +591,9 @@ def train(settings, atlas, out, resume=False, init=None, compile=False, watch=No
     model, generator = ContextCLIP(settings, atlas.vocabulary), torch.Generator(device).manual_seed(settings.seed)
     log, seconds, saved = [], 0.0, read_checkpoint(path) if resume and path.exists() else None
     if saved:
+        before = asdict(Settings(**saved["settings"])) | saved["random"]
         for name, new in [*asdict(settings).items(), ("device", device.type)]:
-            if (old := (saved["settings"] | saved["random"])[name]) != new:
+            if (old := before[name]) != new:
                 raise UserError(f"--resume: {path} was made with {name} = {old}, this run has {new}")
         if saved["result"]:
             return saved["result"]
