@@ -736,7 +736,7 @@ def test_bad_input_is_one_line_and_exit_2(case, tmp_path, capsys, monkeypatch):
 
 
 def test_resume_with_other_settings_is_refused(atlas, tmp_path):
-    train(atlas, tmp_path)
+    train(atlas, tmp_path, lr=1e-3)
     with pytest.raises(cc.UserError, match="clixp.pt was made with lr = 0.001, this run has 0.004"):
         train(atlas, tmp_path, lr=4e-3, resume=True)
 
