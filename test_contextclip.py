@@ -128,7 +128,7 @@ def float64_lixp(v, t, model, settings):
 @pytest.mark.parametrize("objective", ["clip", "siglip", "clixp", "siglixp"])
 def test_objectives_equal_naive_loops(B, objective):
     v, t = embeddings(B, d=32)
-    model = make_model(objective=objective, batch_size=B).double()
+    model = make_model(objective=objective, batch_size=B, alpha=0.9).double()
     with torch.no_grad():  # four different numbers, so that a mixed-up temperature shows
         for name, value in {"log_tau_1": 1.0, "log_tau_2": 1.5, "log_tau_ctx": -3.0, "b_1": -1.0, "b_2": -2.0}.items():
             getattr(model, name).fill_(value)
