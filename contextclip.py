@@ -148,7 +148,7 @@ def lixp_loss(v, t, model, settings):
     """L_LIxP = alpha L(X, T; tau_1) + (1 - alpha) L(X_ctx, T; tau_2); the base objectives are L(X, T; tau_1) alone.
 
     v, t (B, d) raw image and text embeddings, in any precision; `model` holds the temperatures. Returns (3,) nats:
-    the loss, its plain and its context term (0 where there is none).
+    the loss, its plain and its context term (0 where there is none); of several processes, the means over its own rows.
     """
     v, t = gather(v.float()), gather(F.normalize(t.float(), dim=1))
     in_blocks = partial(over_rows, len(v), settings.chunk) if settings.chunk or dist.is_initialized() else None

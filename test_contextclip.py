@@ -266,6 +266,15 @@ def test_blocks_keep_no_matrix_for_the_backward_pass(objective):
     assert saved_bytes(objective, B, 32) < matrix / 2 and saved_bytes(objective, 2 * B, 32) < 2.5 * saved_bytes(objective, B, 32)
 
 
+@pytest.mark.parametrize("objective", ["clixp", "siglixp"])
+def test_training_in_blocks_is_the_same_training(objective, atlas, tmp_path):
+    logs = []
+    for chunk in (0, 10):
+        train(atlas, tmp_path / str(chunk), objective, steps=20, chunk=chunk)
+        logs.append(np.array(cc.read_checkpoint(tmp_path / str(chunk) / f"{objective}.pt")["log"])[:, 1:9])
+    np.testing.assert_allclose(logs[1], logs[0], rtol=1e-4, atol=1e-5)
+
+
 PROCESS = """
 import sys, torch, contextclip as cc
 from torch import distributed as dist
