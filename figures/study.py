@@ -65,7 +65,8 @@ STUDIES = {  # {what is compared: {model: changed settings}}; models of one comp
                "lr 0.004": {"base": {"objective": "clip", "lr": 4e-3}, "context": {"lr": 4e-3}},
                "tau 5": {"base": {"objective": "clip", "tau": 5.0}, "context": {"tau": 5.0}},
                "tau 40": {"base": {"objective": "clip", "tau": 40.0}, "context": {"tau": 40.0}}},
-    "post": {"100 steps": {"base": {"objective": "clip", "steps": 100, "lr": 5e-4}, "context": {"steps": 100, "lr": 5e-4}}},
+    "post": {f"{n} steps": {"base": {"objective": "clip", "steps": n, "lr": 5e-4}, "context": {"steps": n, "lr": 5e-4}}
+             for n in (25, 100)},
 }
 
 @cache
@@ -151,7 +152,8 @@ def draw_sweep(rows, path):
         axis.set(xlabel=path.stem.replace("_", " "), ylabel=text)
         axis.grid(alpha=0.3)
     right.axhline(0, color="black", linewidth=0.8)
-    left.legend(fontsize=6, ncols=2)
+    left.set_ylim(0)
+    left.legend(fontsize=6, ncols=4, loc="lower center")
     right.legend(fontsize=7)
     figure.savefig(path, dpi=120)
 
