@@ -21,6 +21,7 @@ with two draws of images per training seed; intervals are `fewshot.interval`'s.
 import argparse
 import csv
 import os
+import re
 import sys
 import textwrap
 import time
@@ -290,16 +291,15 @@ def profile():
 
 def loss_memory(B, chunk):
     """(MiB that the loss and its gradient add to a process's or the GPU's peak, median seconds of three)."""
-    import resource  # here, for Windows has none
-
     device, settings = cc.choose_device(), cc.Settings("clixp", batch_size=B, chunk=chunk)
     model = cc.ContextCLIP(settings, ["a"]).to(device)
     v, t = (torch.randn(B, settings.width, device=device, requires_grad=True) for _ in "vt")
     cuda, seconds = device.type == "cuda", []
 
-    def peak():  # the system counts in KiB, on a Mac in bytes
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        return torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    def peak():  # of this process alone, as Linux counts it; getrusage starts from the peak of the process that started it
+        if cuda:
+            return torch.cuda.max_memory_allocated() / 2**20
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
 
     cc.lixp_loss(v[:64], t[:64], model, settings)[0].backward()
     before = peak()
