@@ -2,7 +2,7 @@
 
 An open reimplementation of Roth, Akata, Damen, Balažević, Hénaff, "Context-Aware Multimodal Pretraining", CVPR 2025
 (arXiv 2411.15099). The file follows the paper: 1 contrastive losses, 2 context, 3 encoders, 4 data, 5 validation,
-6 training, 7 large batches and several processes, 8 command line.
+6 training, 7 large batches and several processes, 8 your own photographs, 9 command line.
 
     python contextclip.py                      train the base model, then the context-aware one, and compare them
     python contextclip.py --objective siglixp  train one of clip, siglip, clixp, siglixp, or several: siglip,siglixp
@@ -16,6 +16,7 @@ fewshot.py` then compares the models on 21 tasks, and figures/study.py holds the
 
 import argparse
 import csv
+import io
 import math
 import os
 import re
@@ -26,7 +27,8 @@ import time
 import unicodedata
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,18 +37,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.ft2font import FT2Font
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import distributed as dist
 from torch import nn
 from torch.nn.utils import get_total_norm
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from torchvision import transforms
-from torchvision.models import VisionTransformer
+from torchvision import models, transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 FORMAT = "contextclip-2"  # of the checkpoints
-IMAGE_SIZE = 32  # pixels, both ways
+IMAGE_SIZE = 32  # of a card, in pixels, both ways
 MAX_WORDS = 32  # of a caption; more are cut off
 SCALE_RANGE = (1.0, 100.0)  # of tau_1 and tau_2, clamped after every step
 TAU_CTX_RANGE = (0.02, 2.0)  # of tau_ctx sqrt(d): below, one neighbour takes all; above, all images weigh the same
@@ -62,7 +64,10 @@ class Settings:
     """All that decides what a run computes; every field is a flag, and checkpoints store them. Raises UserError."""
 
     objective: str = option("clip", "the loss, *xp with context; one or more of", choices=("clip", "siglip", "clixp", "siglixp"))
-    encoder: str = option("cnn", "of images:", choices=("cnn", "vit"))
+    data: str = option("", "train on the photographs and captions of this folder, see the README; else on cards")
+    image_size: int = option(IMAGE_SIZE, "pixels that the encoder gets, both ways; a multiple of 8", 32, 224)
+    encoder: str = option("cnn", "of images: cnn, vit, or a classification model of torchvision, such as resnet18")
+    pretrained: bool = option(False, "start from torchvision's weights for that encoder (it downloads them)")
     seed: int = option(0, "of the initial weights and of every batch")
     steps: int = option(800, "optimiser steps", low=1)
     batch_size: int = option(512, "B; the other B - 1 images are an image's context", low=2)
@@ -90,10 +95,15 @@ class Settings:
             value, flag, (_, low, high, choices) = getattr(self, f.name), flag_of(f), f.metadata.values()
             if choices and value not in choices:
                 raise UserError(f"{flag} {value}: choose from {', '.join(choices)}")
-            if not choices and not low <= value <= high:
+            if f.type is not str and not low <= value <= high:
                 raise UserError(f"{flag} {value}: it must lie between {low} and {high}")
-        if self.width % 32:
-            raise UserError(f"--width {self.width}: it must be a multiple of 32")
+        if self.encoder not in ENCODERS and self.encoder not in models.list_models(models):
+            raise UserError(f"--encoder {self.encoder}: neither cnn, nor vit, nor a classification model of torchvision")
+        for name, factor in ("width", 32), ("image_size", 8):
+            if getattr(self, name) % factor:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must be a multiple of {factor}")
+        if self.pretrained and self.encoder in ENCODERS:
+            raise UserError(f"--pretrained: there are no weights for --encoder {self.encoder}, only for torchvision's")
 
 def flag_of(field):
     return "--" + field.name.replace("_", "-")
@@ -175,27 +185,45 @@ def transformer(width, depth):
     layer = nn.TransformerEncoderLayer(width, width // 32, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
     return nn.TransformerEncoder(layer, depth, norm=nn.LayerNorm(width), enable_nested_tensor=False)
 
-def cnn(width):
-    """(B, 1, 32, 32) -> (B, d). No batch norm: an embedding depends on its image alone, context enters by the loss. No
-    pooling: it would lose the order of the digits."""
+def cnn(width, channels, size):
+    """(B, channels, size, size) -> (B, d). No batch norm: an embedding depends on its image alone, context enters by the
+    loss. No pooling: it would lose the order of the digits."""
 
     def block(inputs, outputs, stride):
         return nn.GroupNorm(1, inputs), nn.ReLU(), nn.Conv2d(inputs, outputs, 3, stride, padding=1)
 
-    return nn.Sequential(
-        nn.Conv2d(1, width // 2, 4, stride=4),  # (B, d/2, 8, 8)
-        *block(width // 2, width // 2, 1),
-        *block(width // 2, width, 2),  # (B, d, 4, 4)
-        *block(width, width, 1),
-        *(nn.GroupNorm(1, width), nn.ReLU(), nn.Flatten(), nn.Linear(16 * width, width)),
-    )
+    layers, inputs, side = [nn.Conv2d(channels, width // 2, 4, stride=4), *block(width // 2, width // 2, 1)], width // 2, size // 4
+    while side > 4:  # (B, d/2, 8, 8) of a card becomes (B, d, 4, 4)
+        layers += *block(inputs, width, 2), *block(width, width, 1)
+        inputs, side = width, (side + 1) // 2
+    return nn.Sequential(*layers, nn.GroupNorm(1, width), nn.ReLU(), nn.Flatten(), nn.Linear(width * side**2, width))
 
-def vit(width):
-    """(B, 1, 32, 32) -> (B, d): torchvision's, on 16 patches of 8 x 8 pixels and a class token, four layers deep."""
-    model = VisionTransformer(IMAGE_SIZE, 8, 4, width // 32, width, 4 * width, num_classes=width)
-    model.conv_proj = nn.Conv2d(1, width, 8, stride=8)  # grey
+def vit(width, channels, size):
+    """(B, channels, size, size) -> (B, d): torchvision's, on patches of 8 x 8 pixels and a class token, four layers deep."""
+    model = models.VisionTransformer(size, 8, 4, width // 32, width, 4 * width, num_classes=width)
+    model.conv_proj = nn.Conv2d(channels, width, 8, stride=8)
     nn.init.normal_(model.heads.head.weight, std=width**-0.5)  # its own start, zero, cannot be normalised
     return model
+
+def backbone(name, width, size, pretrained):
+    """(B, 3, size, size) -> (B, d): a classification model of torchvision; d outputs replace its 1,000 classes."""
+    of_size = {"image_size": size} if name.startswith("vit") else {}
+    try:
+        model = models.get_model(name, weights="DEFAULT" if pretrained else None, **of_size)
+        for part in {"AuxLogits", "aux1", "aux2"} & dict(model.named_children()).keys():  # of the Inceptions
+            setattr(model, part, None)
+        model.aux_logits = model.transform_input = False
+        outputs = {path: getattr(m, "out_features", getattr(m, "out_channels", 0)) for path, m in model.named_modules()}
+        last = [path for path, number in outputs.items() if number == 1000][-1]
+        old = model.get_submodule(last)
+        model.set_submodule(last, nn.Conv2d(old.in_channels, width, 1) if isinstance(old, nn.Conv2d) else nn.Linear(old.in_features, width))
+        with torch.no_grad():
+            model.eval()(torch.zeros(2, 3, size, size))
+    except Exception as error:  # no network, images too small, ...
+        raise UserError(f"--encoder {name} with --image-size {size}: {first_line(error)}") from None
+    return model.train()
+
+ENCODERS = {"cnn": cnn, "vit": vit}
 
 class ContextCLIP(nn.Module):
     """The image encoder, the text encoder, and the temperatures and biases of the losses. Every objective has the same
@@ -205,7 +233,10 @@ class ContextCLIP(nn.Module):
         super().__init__()
         width = settings.width
         self.settings, self.vocabulary = settings, vocabulary
-        self.image_encoder = {"cnn": cnn, "vit": vit}[settings.encoder](width)
+        own = ENCODERS.get(settings.encoder)  # torchvision's take three channels, grey or not
+        self.channels = 1 if own and not settings.data else 3
+        self.image_encoder = (own(width, self.channels, settings.image_size) if own else
+                              backbone(settings.encoder, width, settings.image_size, settings.pretrained))  # fmt: skip
         self.words = nn.Embedding(len(vocabulary), width, padding_idx=0)
         self.positions = nn.Parameter(0.02 * torch.randn(MAX_WORDS, width))
         self.text_encoder, self.text_head = transformer(width, depth=1), nn.Linear(width, width)
@@ -217,8 +248,11 @@ class ContextCLIP(nn.Module):
             setattr(self, name, nn.Parameter(torch.tensor(float(value))))
 
     def encode_image(self, images, normalize=False):
-        """images (B, 1, 32, 32) in about [0, 1] -> v (B, d), with `normalize` of length 1 and float32."""
-        images = images.contiguous(memory_format=torch.channels_last)
+        """images (B, 1 or 3, S, S) in about [0, 1], of another size than --image-size resized -> v (B, d), with `normalize`
+        of length 1 and float32."""
+        if images.shape[-1] != self.settings.image_size:
+            images = F.interpolate(images, self.settings.image_size, mode="bilinear", antialias=True)
+        images = images.expand(-1, self.channels, -1, -1).contiguous(memory_format=torch.channels_last)
         v = self.image_encoder(4 * (images - 0.5))
         return F.normalize(v.float(), dim=1) if normalize else v
 
@@ -247,9 +281,10 @@ class ContextCLIP(nn.Module):
 def split_words(caption):
     return re.findall(r"[\w-]+", caption.lower())
 
-def build_vocabulary(captions):
-    """{word: token} of all words of the captions: 0 is padding, 1 any unknown word, the rest in alphabetical order."""
-    return {word: i for i, word in enumerate(["<pad>", "<unk>", *sorted({w for c in captions for w in split_words(c)})])}
+def build_vocabulary(captions, least=1):
+    """{word: token} of the words that come `least` times: 0 is padding, 1 any other word, the rest in alphabetical order."""
+    counts = Counter(word for caption in captions for word in split_words(caption))
+    return {word: i for i, word in enumerate(["<pad>", "<unk>", *sorted(w for w in counts if counts[w] >= least)])}
 
 def tokenize(captions, vocabulary):
     """N captions -> tokens (N, L) int64, L the longest, cut at MAX_WORDS; an empty caption is one unknown word."""
@@ -282,13 +317,15 @@ def split_of(character):
     return "train" if TRAINED.fullmatch(name) or 0x2190 <= code < 0x21D0 or 0x2200 <= code < 0x2240 else "test"
 
 class Atlas:
-    """Every character that at least four of the typefaces draw, rendered once per typeface: N characters, G bitmaps.
+    """Cards. Every character that at least four of the typefaces draw, rendered once per typeface: N characters, G bitmaps.
 
     names: N captions. index: {character: number}. glyphs (G, 23, 32) uint8. rows[group] (N, 2): a character's first bitmap
     in a group of FACES, and how many it has there. train: numbers of the training characters, the first `limit` of them,
     plain letters and symbols before combinations. validation: {task: numbers, at most 64}. vocabulary: of the training
     captions. words (N, L + 4): tokens of the names, with room for a card's number; the training captions end at `longest`.
     """
+
+    kind = "characters"
 
     def __init__(self, device="cpu", limit=0, distortion=Settings.distortion, number_share=Settings.number_share):
         def typeface(name):  # -> its font, the codes it covers
@@ -316,7 +353,7 @@ class Atlas:
                 bitmaps = [b for b in bitmaps if b.max() > 64]  # some faces draw nothing
                 rows[group].append((len(glyphs), len(bitmaps)))
                 glyphs += bitmaps
-        self.distortion, self.number_share = distortion, number_share
+        self.device, self.distortion, self.number_share = torch.device(device), distortion, number_share
         self.names = [unicodedata.name(c).lower() for c in characters]
         self.index = {c: i for i, c in enumerate(characters)}
         self.glyphs = torch.from_numpy(np.stack(glyphs)).to(device)
@@ -348,6 +385,29 @@ class Atlas:
         once in every place. Their mean embedding stands for the class (prompt ensembling, Radford et al. 2021)."""
         numbers = [" ".join(NUMERALS[(i + shift) % 10] for shift in (0, 3, 6)) for i in range(10)]
         return [self.names[character] + f", number {n}" * (i < 10 * self.number_share) for i, n in enumerate(numbers)]
+
+    def draw_batch(self, settings, generator):
+        """One training batch: images (B, 1, 32, 32), tokens (B, L) of "latin small letter a, number four seven one"."""
+        B, device = settings.batch_size, self.device
+        characters = self.train[torch.randint(len(self.train), (B,), device=device, generator=generator)]
+        images, numbers = draw_cards(self, characters, "train", generator)
+        number = F.pad(self.numerals[numbers], (1, 0), value=self.vocabulary["number"])  # (B, 4)
+        named = torch.rand(B, 1, device=device, generator=generator) < settings.number_share
+        words = self.words[characters, : self.longest]
+        end = (words != 0).sum(1, keepdim=True) + torch.arange(4, device=device)
+        return images, words.scatter(1, end, number * named)
+
+    def validate(self, model):
+        return validate(model, self)
+
+    def report(self, results):
+        """Print the table of `train`'s results."""
+        print("\nobjective    loss  zero-shot  1-shot  4-shot  16-shot  seconds  images/s")
+        for r in results:
+            print("{objective:9}{loss:8.3f}{zero-shot:11.1f}".format(**r), end="")
+            print(f"{r[1]:8.1f}{r[4]:8.1f}{r[16]:9.1f}{r['seconds']:9.0f}{r['images/s']:10,.0f}")
+        print(f"accuracy in % on cards of characters and typefaces never trained: {', '.join(self.validation)};\n"
+              "few-shot by prototypes, mean over these tasks; zero-shot on the combinations; next: python fewshot.py")  # fmt: skip
 
 def draw_cards(atlas, characters, group, generator):
     """Draw one card each: the character above a random three-digit number, both in random typefaces of `group`, in random
@@ -383,21 +443,10 @@ def draw_cards(atlas, characters, group, generator):
     noise = 0.05 * torch.randn(card.shape, device=device, generator=generator)
     return torch.lerp(paper, pen, ink) + far * (shade + noise), numbers
 
-def draw_batch(atlas, settings, generator):
-    """One training batch: images (B, 1, 32, 32), tokens (B, L) of "latin small letter a, number four seven one"."""
-    B, device = settings.batch_size, atlas.train.device
-    characters = atlas.train[torch.randint(len(atlas.train), (B,), device=device, generator=generator)]
-    images, numbers = draw_cards(atlas, characters, "train", generator)
-    number = F.pad(atlas.numerals[numbers], (1, 0), value=atlas.vocabulary["number"])  # (B, 4)
-    named = torch.rand(B, 1, device=device, generator=generator) < settings.number_share
-    words = atlas.words[characters, : atlas.longest]
-    end = (words != 0).sum(1, keepdim=True) + torch.arange(4, device=device)
-    return images, words.scatter(1, end, number * named)
-
-# PIL image -> (1, 32, 32) float32 in [0, 1]
-preprocess = transforms.Compose(
-    [transforms.Grayscale(), transforms.Resize(IMAGE_SIZE), transforms.CenterCrop(IMAGE_SIZE), transforms.ToTensor()]
-)
+def preprocess(settings):
+    """PIL image -> (1, S, S) grey or, for a model of photographs, (3, S, S), float32 in [0, 1]: what a model is to be given."""
+    fit = transforms.Resize(settings.image_size), transforms.CenterCrop(settings.image_size), transforms.ToTensor()
+    return transforms.Compose([transforms.Lambda(lambda image: image.convert("RGB" if settings.data else "L")), *fit])
 
 # ---- 5. Validation --------------------------------------------------------------------------------------------------
 
@@ -412,7 +461,7 @@ def validate(model, atlas, shots=(1, 4, 16), queries=16, seed=0):
 
     Supports are nested, queries the same for every k. Returns {"zero-shot": ..., k: ..., "tasks": {task: {k: ...}}}.
     """
-    device, tasks, zero_shot = atlas.train.device, {}, math.nan
+    device, tasks, zero_shot = atlas.device, {}, math.nan
     for task, members in atlas.validation.items():
         generator = torch.Generator(device).manual_seed(seed)
         images, _ = draw_cards(atlas, members.repeat(max(shots) + queries), "validation", generator)
@@ -498,7 +547,8 @@ def read_checkpoint(path):
 def load(path, device="cpu"):
     """A trained model for use, with its `vocabulary` for `tokenize`. Raises UserError if `path` is no checkpoint."""
     content = read_checkpoint(path)
-    model = ContextCLIP(Settings(**content["settings"]), {word: i for i, word in enumerate(content["vocabulary"])})
+    settings = replace(Settings(**content["settings"]), pretrained=False)  # the weights are here
+    model = ContextCLIP(settings, {word: i for i, word in enumerate(content["vocabulary"])})
     model.load_state_dict(content["model"])
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
@@ -506,24 +556,24 @@ def initialize(model, source):
     """Post-training: start from the weights of a checkpoint's content; a base model's tau_1 and b_1 start both losses.
     Raises UserError if they do not fit."""
     weights, settings, own = source["model"], Settings(**source["settings"]), model.state_dict()
-    kinds = [(s.encoder, s.width, s.sigmoid) for s in (settings, model.settings)]
+    kinds = [(s.encoder, s.width, s.image_size, bool(s.data), s.sigmoid) for s in (settings, model.settings)]
     if kinds[0] != kinds[1] or source["vocabulary"] != list(model.vocabulary):
-        raise UserError("--init: that model's encoder, width, vocabulary or kind of loss is not this run's")
+        raise UserError("--init: that model's encoder, width, image size, vocabulary or kind of loss is not this run's")
     if not settings.context:
         weights = weights | {"log_tau_2": weights["log_tau_1"], "b_2": weights["b_1"], "log_tau_ctx": own["log_tau_ctx"]}
     model.load_state_dict(weights)
 
-def train(settings, atlas, out, resume=False, init=None, compile=False, watch=None):
-    """Train one model on the atlas's device, from the weights of `init` (a checkpoint's content) if given; write
+def train(settings, data, out, resume=False, init=None, compile=False, watch=None):
+    """Train one model on the device of `data`, an Atlas or Photos, from the weights of `init` (a checkpoint's content) if given; write
     out/<objective>.pt and .csv; call `watch(step, model)` at every line of the log. Returns the row of the final table.
     Raises UserError; Ctrl-C exits after saving.
 
     Weights and batches come from settings.seed by two generators from which no objective draws: two objectives with one
     seed start from the same weights and see the same batches.
     """
-    device, path = atlas.train.device, out / f"{settings.objective}.pt"
+    device, path = data.device, out / f"{settings.objective}.pt"
     torch.manual_seed(settings.seed)
-    model, generator = ContextCLIP(settings, atlas.vocabulary), torch.Generator(device).manual_seed(settings.seed)
+    model, generator = ContextCLIP(settings, data.vocabulary), torch.Generator(data.train.device).manual_seed(settings.seed)
     log, seconds, saved = [], 0.0, read_checkpoint(path) if resume and path.exists() else None
     if saved:
         before = asdict(Settings(**saved["settings"])) | saved["random"]
@@ -532,6 +582,8 @@ def train(settings, atlas, out, resume=False, init=None, compile=False, watch=No
                 raise UserError(f"--resume: {path} was made with {name} = {old}, this run has {new}")
         if saved["result"]:
             return saved["result"]
+        if saved["vocabulary"] != list(data.vocabulary):
+            raise UserError(f"--resume: the captions of {settings.data or 'the cards'} are not those of {path}")
         log, seconds = saved["log"], saved["seconds"]
         model.load_state_dict(saved["model"])
         generator.set_state(saved["random"]["batches"])
@@ -547,8 +599,10 @@ def train(settings, atlas, out, resume=False, init=None, compile=False, watch=No
     chance, warmup = chance_loss(settings), max(1, settings.steps // 20)
     whole = f"{settings.batch_size}, in {processes()} processes" if processes() > 1 else settings.batch_size
     print(f"{settings.objective}: {device}, {'bf16' if bf16 else 'float32'}, "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(atlas.train)} characters, "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data.train):,} {data.kind}, "
           f"{settings.steps} steps of {whole}; chance-level loss {chance:.3f}")  # fmt: skip
+    if processes() > 1 and device.type == "cuda":  # batch norm of torchvision's encoders, over the whole batch
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     forward = model
     if compile:
         torch._dynamo.config.suppress_errors = True  # where compiling fails, it goes on with the plain model
@@ -559,7 +613,7 @@ def train(settings, atlas, out, resume=False, init=None, compile=False, watch=No
         if rank():
             return
         random = {"device": device.type, "batches": generator.get_state(), "torch": torch.get_rng_state()}
-        content = {"format": FORMAT, "settings": asdict(settings), "vocabulary": list(atlas.vocabulary), "log": log,
+        content = {"format": FORMAT, "settings": asdict(settings), "vocabulary": list(data.vocabulary), "log": log,
                    "seconds": seconds, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                    "random": random, "result": result}  # fmt: skip
         temporary = path.with_suffix(".tmp")
@@ -581,7 +635,7 @@ def train(settings, atlas, out, resume=False, init=None, compile=False, watch=No
     own = slice(rank() * settings.batch_size // processes(), (rank() + 1) * settings.batch_size // processes())
     try:
         for step in range(start + 1, settings.steps + 1):
-            images, tokens = draw_batch(atlas, settings, generator)
+            images, tokens = data.draw_batch(settings, generator)
             lr = settings.lr * min(step / warmup, (1 + math.cos(math.pi * (step - 1) / settings.steps)) / 2)
             losses += training_step(model, forward, optimizer, images[own], tokens[own], lr, bf16)
             bar.update()
@@ -612,7 +666,7 @@ def train(settings, atlas, out, resume=False, init=None, compile=False, watch=No
         bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    result = {"objective": settings.objective, "loss": mean[0], **validate(model, atlas), "seconds": seconds,
+    result = {"objective": settings.objective, "loss": mean[0], **data.validate(model.eval()), "seconds": seconds,
               "images/s": settings.steps * settings.batch_size / seconds}  # fmt: skip
     save(result)
     return result
@@ -683,7 +737,163 @@ def join_processes(device):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=number, world_size=size)
     return store
 
-# ---- 8. Command line ------------------------------------------------------------------------------------------------
+# ---- 8. Photographs with captions of your own -----------------------------------------------------------------------
+
+LEAST_COUNT = 5  # of a word in the training captions; rarer ones are unknown (as Karpathy and Fei-Fei 2015 have it)
+
+def read_text(path):
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8, from byte {error.start} on") from None
+
+def read_captions(folder):
+    """[(image's path, caption, where it stands)] of a folder with captions.txt, as Flickr8k and Flickr30k have it, and the
+    images beside it or in a folder Images; or of a folder with pairs name.jpg, name.txt, a caption per line. And [the bad
+    rows, one message each]. Raises UserError."""
+    found, bad, table = [], [], folder / "captions.txt"
+    if table.exists():
+        images = next((p for p in map(folder.joinpath, ("Images", "images", "flickr30k_images")) if p.is_dir()), folder)
+        reader = csv.reader(io.StringIO(read_text(table), newline=""))
+        if [name.strip() for name in next(reader, [])] != ["image", "caption"]:
+            raise UserError(f"{table}: its first line must be image,caption")
+        rows = [(f"{table}, row {reader.line_num}", images, row) for row in reader if row]
+    elif folder.is_dir():
+        pairs = {p.with_suffix(""): p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMG_EXTENSIONS}
+        texts = [p for p in sorted(folder.rglob("*.txt")) if p.with_suffix("") in pairs]
+        if not texts:
+            raise UserError(f"--data {folder}: neither captions.txt nor pairs of an image and a .txt file")
+        bad = [f"{image}: there is no {name.name}.txt" for name, image in pairs.items() if name.with_suffix(".txt") not in texts]
+        rows = [(f"{text}, line {i}", folder, (pairs[text.with_suffix("")].relative_to(folder), line))
+                for text in texts for i, line in enumerate(read_text(text).splitlines() or [""], 1)]  # fmt: skip
+    else:
+        raise UserError(f"--data {folder}: there is no such folder")
+    there = {path: path.is_file() for path in {images / row[0] for _, images, row in rows}}
+    for where, images, row in rows:
+        path = images / row[0]
+        if len(row) != 2 or "\n" in row[1]:
+            bad.append(f"{where}: {len(row)} columns instead of 2" if len(row) != 2 else f"{where}: a quote is not closed")
+        elif not there[path] or not split_words(row[1]):
+            bad.append(f"{where}: {'the caption is empty' if there[path] else f'there is no {path}'}")
+        else:
+            found.append((path, row[1], where))
+    return found, bad
+
+class Photos:
+    """The photographs of a folder with their captions (`read_captions`), each decoded once: N images, M captions.
+
+    images (N, 3, S, S) uint8, on the device if they fill less than half of it, else in the host's memory. words (M, L): the
+    captions' tokens; spans (N, 2): an image's first caption, and how many it has. train, held_out[split]: numbers of the
+    images of the split files (*trainImages.txt, dev, test), else one image in ten is "dev", 1,000 at most. Raises UserError.
+    """
+
+    kind = "photographs"
+
+    def __init__(self, device, settings, skip_bad=False):
+        def leave_out(bad):
+            if bad and not skip_bad:
+                more = f" (and {len(bad) - 1:,} more bad rows)" if len(bad) > 1 else ""
+                raise UserError(f"{bad[0]}{more}; --skip-bad goes on without them")
+            if bad:
+                print(f"left out: {bad[0]}; {len(bad):,} such in all")
+
+        self.device, folder, size = torch.device(device), Path(settings.data), settings.image_size
+        rows, bad = read_captions(folder)
+        leave_out(bad)
+        captions = {}  # {path: [(caption, where it stands), ...]}
+        for path, caption, where in rows:
+            captions.setdefault(path, []).append((caption, where))
+        images = torch.empty(len(captions), size, size, 3, dtype=torch.uint8)
+        fit = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
+
+        def decode(i, path):  # returns what is wrong
+            try:
+                with Image.open(path) as image:
+                    image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is not decoded in full
+                    images[i] = torch.from_numpy(np.array(fit(ImageOps.exif_transpose(image).convert("RGB"))))
+            except Exception as error:  # Pillow has many ways to fail
+                return f"{captions[path][0][1]}: {path} cannot be read ({first_line(error)})"
+
+        with ThreadPoolExecutor() as pool:
+            decoded = pool.map(decode, range(len(captions)), captions)
+            broken = list(tqdm(decoded, "reading images", len(captions), leave=False, disable=rank() > 0))
+        leave_out([message for message in broken if message])
+        captions = {path: captions[path] for path, message in zip(captions, broken) if not message}
+        images = images[[not message for message in broken]] if len(captions) < len(images) else images
+
+        names = [path.name for path in captions]
+        listed = {split: set(read_text(path).splitlines()) for split in ("train", "dev", "test")
+                  for path in sorted(folder.glob(f"*{split}Images.txt"))[:1]}  # fmt: skip
+        if "train" not in listed:
+            by_hash = sorted(names, key=lambda name: zlib.crc32(name.encode()))
+            dev = by_hash[: min(1000, max(1, len(names) // 10))]
+            listed = {"train": set(names) - set(dev), "dev": set(dev)}
+        splits = {split: [i for i, name in enumerate(names) if name in members] for split, members in listed.items()}
+        for split, members in splits.items():
+            if len(members) < (least := settings.batch_size if split == "train" else 1):
+                raise UserError(f"--data {folder}: {len(members)} {split} images, fewer than {least}; lower --batch-size?")
+
+        texts = [[caption for caption, _ in found] for found in captions.values()]
+        self.vocabulary = build_vocabulary([caption for i in splits["train"] for caption in texts[i]], LEAST_COUNT)
+        counts = torch.tensor([len(found) for found in texts])
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else math.inf
+        where = self.device if images.nbytes < free / 2 else torch.device("cpu")
+        self.images, self.spans = images.permute(0, 3, 1, 2).to(where), torch.stack((counts.cumsum(0) - counts, counts), 1).to(where)
+        self.words = tokenize([caption for found in texts for caption in found], self.vocabulary).to(where)
+        self.held_out = {split: torch.tensor(members, device=where) for split, members in splits.items()}
+        self.train = self.held_out.pop("train")
+
+    def draw_batch(self, settings, generator):
+        """One training batch: images (B, 3, S, S) in [0, 1], tokens (B, L). B different photographs, for another caption of
+        an image would be a false negative; one of the captions of each; crops of half the area or more, half mirrored."""
+        B, where = settings.batch_size, self.train.device
+        chosen = self.train[torch.randperm(len(self.train), device=where, generator=generator)[:B]]
+        u, (first, count) = torch.rand(6, B, device=where, generator=generator), self.spans[chosen].unbind(1)
+        images, words = self.images[chosen], self.words[first + (u[0] * count).long()]
+        if where != self.device:
+            images, words, u = (x.pin_memory().to(self.device, non_blocking=True) for x in (images, words, u))
+        area, ratio = 0.5 + 0.5 * u[1], (math.log(4 / 3) * (2 * u[2] - 1)).exp()
+        width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+        right, down, zero = (1 - width) * (2 * u[3] - 1), (1 - height) * (2 * u[4] - 1), torch.zeros_like(width)
+        theta = torch.stack((width * (u[5] - 0.5).sign(), zero, right, zero, height, down), 1).view(B, 2, 3)
+        grid = F.affine_grid(theta, images.shape, align_corners=False)
+        return F.grid_sample(images.float() / 255, grid, padding_mode="border", align_corners=False), words
+
+    @torch.no_grad()
+    def validate(self, model):
+        """{split: [recall at 1, 5, 10 of text to image, then of image to text]} in percent, of the held-out images: whether a
+        caption's image is among its nearest 1, 5, 10; whether one of an image's captions is. Ties count as wrong."""
+        result = {}
+        for split, chosen in self.held_out.items():
+            first, count = self.spans[chosen].unbind(1)
+            owner = torch.repeat_interleave(torch.arange(len(chosen), device=count.device), count)
+            place = torch.arange(len(owner), device=count.device) - (count.cumsum(0) - count)[owner]
+            words = self.words[first[owner] + place]
+            x = torch.cat([model.encode_image(part.to(self.device) / 255, True) for part in self.images[chosen].split(256)])
+            t = torch.cat([model.encode_text(part.to(self.device), True) for part in words.split(1024)])
+            owner, similarity = owner.to(self.device), t @ x.T  # (captions, images)
+            own = similarity.gather(1, owner[:, None])
+            nearest = torch.full_like(x[:, 0], -math.inf).scatter_reduce(0, owner, own[:, 0], "amax")
+            ranks = (similarity >= own).sum(1), (similarity >= nearest).sum(0)
+            result[split] = [100 * (rank <= k).float().mean().item() for rank in ranks for k in (1, 5, 10)]
+        return result
+
+    def report(self, results):
+        """Print the table of `train`'s results, with the recall that guessing would have."""
+        print(f"\n{'recall in %':32}text-to-image       image-to-text\nobjective    loss   images"
+              + "    R@1   R@5  R@10" * 2 + "  seconds  images/s")  # fmt: skip
+        for split, chosen in self.held_out.items():
+            n, counts = len(chosen), self.spans[chosen][:, 1].tolist()
+            M = sum(counts)
+            chance = [100 * min(1, k / n) for k in (1, 5, 10)]
+            chance += [100 * sum(1 - math.comb(M - c, k) / math.comb(M, k) for c in counts) / n for k in (1, 5, 10) if k <= M]
+            name = f"{n:,} {split}"
+            for r in results:
+                print(f"{r['objective']:9}{r['loss']:8.3f}{name:>11}", "".join(f"{value:6.1f}" for value in r[split]),
+                      f"{r['seconds']:7.0f}{r['images/s']:10,.0f}")  # fmt: skip
+            print(f"{'chance':17}{name:>11}", "".join(f"{value:6.1f}" for value in chance))
+
+# ---- 9. Command line ------------------------------------------------------------------------------------------------
 
 def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
@@ -711,6 +921,7 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path, default="runs", help="folder for checkpoints and logs (%(default)s)")
     parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="post-training: start from this model's weights")
     switches = {"resume": "go on where the same command was interrupted", "compile": "torch.compile the encoders",
+                "skip-bad": "with --data, leave out the rows and images that cannot be read",
                 "dry-run": "a few small steps into OUT/dry-run, to see that all works"}  # fmt: skip
     for name, text in switches.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
@@ -728,8 +939,9 @@ def main(arguments=None):
             raise UserError(f"--batch-size {args.batch_size}: it must be a multiple of the number of processes, {processes()}")
         init = read_checkpoint(args.init) if args.init else None
         make_writable(args.out)
-        atlas = Atlas(device, args.characters, args.distortion, args.number_share)
-        results = [train(settings, atlas, args.out, args.resume, init, args.compile) for settings in runs]
+        data = Photos(device, runs[0], args.skip_bad) if args.data else \
+            Atlas(device, args.characters, args.distortion, args.number_share)  # fmt: skip
+        results = [train(settings, data, args.out, args.resume, init, args.compile) for settings in runs]
         if store:
             dist.destroy_process_group()
     except UserError as error:
@@ -740,12 +952,7 @@ def main(arguments=None):
         if not store:
             raise
         fail(f"process {rank()}: {first_line(error)}", store=store)
-    print("\nobjective    loss  zero-shot  1-shot  4-shot  16-shot  seconds  images/s")
-    for r in results:
-        print("{objective:9}{loss:8.3f}{zero-shot:11.1f}".format(**r), end="")
-        print(f"{r[1]:8.1f}{r[4]:8.1f}{r[16]:9.1f}{r['seconds']:9.0f}{r['images/s']:10,.0f}")
-    print(f"accuracy in % on cards of characters and typefaces never trained: {', '.join(atlas.validation)};\n"
-          "few-shot by prototypes, mean over these tasks; zero-shot on the combinations; next: python fewshot.py")  # fmt: skip
+    data.report(results)
 
 if __name__ == "__main__":
     main()

@@ -153,7 +153,7 @@ TASKS = {  # name: group, pattern that "character name" starts with
 @dataclass
 class Task:
     """captions: for each of C classes the captions whose mean embedding stands for it. draw(seed, shots, queries) ->
-    (queries + shots, C, 1, 32, 32): the queries come first and depend on neither `shots` nor the model, and fewer shots
+    (queries + shots, C, 1 or 3, S, S): the queries come first and depend on neither `shots` nor the model, and fewer shots
     are the first of more."""
 
     name: str
@@ -221,10 +221,11 @@ def open_dataset(source, root):
     except Exception as error:  # each of them fails in ways of its own
         raise UserError(f"--data {source}: cannot be downloaded or read ({cc.first_line(error)})") from None
 
-def image_task(source, templates, root, seeds, shots, queries, device):
+def image_task(source, templates, root, seeds, shots, queries, device, settings=cc.Settings(), part=slice(None)):
     """A task of one's own images. A class's name fills the {} of each template: "0 - zero" becomes "zero", as does the
     name "0". One permutation per class and seed: the first `queries` images are queries, the next ones the support.
-    Raises UserError, before anything else is computed, if a class has too few images or one cannot be read."""
+    `part` of each class's images is used. Raises UserError, before anything else is computed, if a class has too few images
+    or one cannot be read."""
     dataset = open_dataset(source, root)
     targets = next((getattr(dataset, name) for name in ("targets", "labels", "_labels") if hasattr(dataset, name)), None)
     if targets is None:
@@ -233,19 +234,20 @@ def image_task(source, templates, root, seeds, shots, queries, device):
         targets = np.array([int(target) for target in targets])
     except (TypeError, ValueError):
         raise UserError(f"--data {source}: its labels are not classes") from None
-    labels, counts = np.unique(targets, return_counts=True)
+    labels = np.unique(targets)
+    members = [np.flatnonzero(targets == label)[part] for label in labels]
     names = [str(dataset.classes[i]) if hasattr(dataset, "classes") else str(i) for i in labels]
-    for name, count in zip(names, counts):
-        if count < queries + shots:
-            raise UserError(f"--data {source}: class {name} has {count} images, {queries} queries and {shots} shots need "
+    for name, found in zip(names, members):
+        if len(found) < queries + shots:
+            raise UserError(f"--data {source}: class {name} has {len(found)} images, {queries} queries and {shots} shots need "
                             f"{queries + shots}; lower --queries or --shots")  # fmt: skip
-    order = np.stack([[np.random.default_rng([seed, c]).permutation(np.flatnonzero(targets == label))[: queries + shots]
-                       for c, label in enumerate(labels)] for seed in seeds])  # (seeds, C, n)  # fmt: skip
+    order = np.stack([[np.random.default_rng([seed, c]).permutation(found)[: queries + shots]
+                       for c, found in enumerate(members)] for seed in seeds])  # (seeds, C, n)  # fmt: skip
     used, place = np.unique(order, return_inverse=True)
-    images = []
+    images, fit = [], cc.preprocess(settings)
     for i in tqdm(used.tolist(), "reading images", leave=False):
         try:
-            images.append(cc.preprocess(dataset[i][0]))
+            images.append(fit(dataset[i][0]))
         except Exception as error:  # Pillow has many ways to fail
             path = dataset.samples[i][0] if hasattr(dataset, "samples") else f"image {i} of {source}"
             raise UserError(f"{path} cannot be read ({cc.first_line(error)})") from None
@@ -523,12 +525,19 @@ def main(arguments=None):
         for folder in (args.out, figures):
             cc.make_writable(folder)
         seeds = [range(run * args.seeds, (run + 1) * args.seeds) for run in range(len(runs))]
-        tasks = [image_task(args.data, args.template, args.out / "data", range(args.seeds * len(runs)), max(shots),
-                            args.queries, device)] if args.data else []  # fmt: skip
         settings = next(iter(runs[0].values())).settings
-        atlas = cc.Atlas(device, settings.characters, settings.distortion, settings.number_share)
-        validation = validation_tasks(atlas)
-        tasks = tasks or card_tasks(atlas, [task for task in TASKS if task in (args.tasks or TASKS)])
+        own = partial(image_task, args.data, args.template, args.out / "data", shots=max(shots), queries=args.queries,
+                      device=device, settings=settings)  # fmt: skip
+        if settings.data and not args.data:
+            raise UserError("these models were trained on photographs: give some to classify with --data")
+        if settings.data:  # their hyper-parameters come from photographs too, half of each class's
+            validation = [own(seeds=range(3), part=slice(1, None, 2))]
+            tasks = [own(seeds=range(args.seeds * len(runs)), part=slice(0, None, 2))]
+        else:
+            tasks = [own(seeds=range(args.seeds * len(runs)))] if args.data else []
+            atlas = cc.Atlas(device, settings.characters, settings.distortion, settings.number_share)
+            validation = validation_tasks(atlas)
+            tasks = tasks or card_tasks(atlas, [task for task in TASKS if task in (args.tasks or TASKS)])
         if not tasks:
             raise UserError("these models were trained on too few characters for these tasks")
         found = [evaluate(models, tasks, validation, methods, shots, s, args.queries) for models, s in zip(runs, seeds)]
@@ -536,7 +545,7 @@ def main(arguments=None):
         with open(args.out / "fewshot.csv", "w", newline="") as file:
             csv.writer(file).writerows([("model", "task", "group", "method", "shots", "seed", "accuracy"), *rows])
         (args.out / "fewshot.json").write_text(json.dumps(hyper, indent=1))
-        print(f"hyper-parameters for {shots} shots, found on the validation tasks (of the first run):")
+        print(f"hyper-parameters for {shots} shots, found on {'other images of the classes' if settings.data else 'the validation tasks'} (of the first run):")
         for method, points in hyper[0].items():
             for name in points[shots[0]]:
                 print(f"  {method:20}{name:6}" + " ".join(f"{points[k][name]:g}" for k in shots))

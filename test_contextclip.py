@@ -484,7 +484,7 @@ def test_captions_name_character_and_number(atlas):
     words = list(atlas.vocabulary)
     for share in (0.0, 0.5, 1.0):
         settings = cc.Settings(batch_size=400, number_share=share)
-        _, tokens = cc.draw_batch(atlas, settings, torch.Generator().manual_seed(0))
+        _, tokens = atlas.draw_batch(settings, torch.Generator().manual_seed(0))
         captions = [" ".join(words[t] for t in row if t) for row in tokens.tolist()]
         named = [c for c in captions if re.search(r" number( (%s)){3}$" % "|".join(cc.NUMERALS), c)]
         assert abs(len(named) / 400 - share) < 0.08 and (share == 0.5 or len(named) == 400 * share)
@@ -537,8 +537,8 @@ def test_a_short_run_lowers_the_loss(atlas, tmp_path, objective):
 
 
 def test_base_and_context_runs_see_the_same_batches(atlas, tmp_path, monkeypatch):
-    seen, draw = [], cc.draw_batch
-    monkeypatch.setattr(cc, "draw_batch", lambda *a: seen.append(draw(*a)) or seen[-1])
+    seen, draw = [], cc.Atlas.draw_batch
+    monkeypatch.setattr(cc.Atlas, "draw_batch", lambda *a: seen.append(draw(*a)) or seen[-1])
     for objective in ("clip", "clixp"):
         train(atlas, tmp_path, objective, steps=4)
     assert len(seen) == 8
@@ -597,14 +597,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, number):
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(atlas, tmp_path, monkeypatch):
     monkeypatch.setattr(cc, "SAVE_EVERY", 10)
-    draw, drawn = cc.draw_batch, []
+    draw, drawn = cc.Atlas.draw_batch, []
 
     def broken(*args):
         images, tokens = draw(*args)
         drawn.append(1)
         return images * (math.nan if len(drawn) > 15 else 1), tokens
 
-    monkeypatch.setattr(cc, "draw_batch", broken)
+    monkeypatch.setattr(cc.Atlas, "draw_batch", broken)
     with pytest.raises(cc.UserError, match=r"no longer finite at step 20: .*clixp.pt keeps the last good step"):
         train(atlas, tmp_path)
     saved = cc.read_checkpoint(tmp_path / "clixp.pt")
@@ -635,7 +635,7 @@ def test_post_training_starts_from_the_finished_model(atlas, tmp_path):
     assert all(torch.equal(trained[k], continued[k]) for k in trained if "2" not in k.split("_")[-1] and k != "log_tau_ctx")
     assert continued["log_tau_2"] == trained["log_tau_1"] != pytest.approx(math.log(1 / 0.07), abs=1e-6)
     for changes in ({"objective": "siglixp"}, {"width": 64}, {"encoder": "vit"}):
-        with pytest.raises(cc.UserError, match="encoder, width, vocabulary or kind of loss is not this run's"):
+        with pytest.raises(cc.UserError, match="encoder, width, image size, vocabulary or kind of loss is not this run's"):
             train(atlas, tmp_path / "other", init=finished, **changes)
 
 
@@ -661,7 +661,7 @@ def test_a_training_step_never_waits_for_the_device(atlas, objective, encoder):
     optimizer, generator = cc.make_optimizer(model, settings), torch.Generator().manual_seed(0)
     with CountWaits() as waits:
         for _ in range(2):
-            images, tokens = cc.draw_batch(atlas, settings, generator)
+            images, tokens = atlas.draw_batch(settings, generator)
             cc.training_step(model, model, optimizer, images, tokens, 1e-3, bf16=True)
     assert waits.seen == []
     with CountWaits() as waits:  # the counter counts
@@ -758,7 +758,7 @@ def test_encoding_images_and_captions_with_a_trained_checkpoint(atlas, tmp_path)
     card = cc.draw_cards(atlas, atlas.train[:1], "train", torch.Generator().manual_seed(0))[0][0, 0]
     Image.fromarray((255 * card.clamp(0, 1)).byte().numpy()).resize((64, 48)).convert("RGB").save(tmp_path / "a.png")
     model = cc.load(tmp_path / "clixp.pt")
-    images = torch.stack([cc.preprocess(Image.open(path)) for path in [tmp_path / "a.png"] * 2])
+    images = torch.stack([cc.preprocess(cc.Settings())(Image.open(path)) for path in [tmp_path / "a.png"] * 2])
     x = model.encode_image(images, normalize=True)
     t = model.encode_text(cc.tokenize(["latin small letter a", "an unknown thing"], model.vocabulary), normalize=True)
     assert (x @ t.T).shape == (2, 2) and not x.requires_grad

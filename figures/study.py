@@ -165,8 +165,8 @@ EMERGENCE = "model seed step plain_loss context_loss tau_1 tau_2 tau_ctx_sqrt_d 
 
 def same_character(atlas, batch, seed=1):
     """Cards of a training batch (B, 1, 32, 32), their characters (B,) and whether two share theirs (B, B), self left out."""
-    generator = torch.Generator(atlas.train.device).manual_seed(seed)
-    characters = atlas.train[torch.randint(len(atlas.train), (batch,), device=atlas.train.device, generator=generator)]
+    generator = torch.Generator(atlas.device).manual_seed(seed)
+    characters = atlas.train[torch.randint(len(atlas.train), (batch,), device=atlas.device, generator=generator)]
     images, numbers = cc.draw_cards(atlas, characters, "train", generator)
     same = (characters[:, None] == characters).fill_diagonal_(False)
     return images, numbers, same
@@ -252,8 +252,8 @@ def draw_attention(path, queries=5, most=6):
 def draw_cards(path, rows=3, columns=6):
     """Training cards with their captions."""
     atlas = atlas_of()
-    generator = torch.Generator(atlas.train.device).manual_seed(0)
-    images, tokens = cc.draw_batch(atlas, cc.Settings(batch_size=rows * columns), generator)
+    generator = torch.Generator(atlas.device).manual_seed(0)
+    images, tokens = atlas.draw_batch(cc.Settings(batch_size=rows * columns), generator)
     words = list(atlas.vocabulary)
     figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.3 * rows), layout="constrained")
     for axis, image, row in zip(axes.flat, images.cpu(), tokens.tolist()):
@@ -270,16 +270,16 @@ def profile():
 
     settings = cc.Settings("clixp")
     atlas = atlas_of(settings.characters, settings.distortion, settings.number_share)
-    device, generator = atlas.train.device, torch.Generator(atlas.train.device).manual_seed(0)
+    device, generator = atlas.device, torch.Generator(atlas.device).manual_seed(0)
     model = cc.ContextCLIP(settings, atlas.vocabulary).to(device, memory_format=torch.channels_last)
     optimizer, bf16 = cc.make_optimizer(model, settings), cc.use_bf16(settings, device)
-    batch = cc.draw_batch(atlas, settings, generator)
+    batch = atlas.draw_batch(settings, generator)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     v, t = (torch.randn(settings.batch_size, settings.width, device=device, requires_grad=True) for _ in "vt")
     parts = {
-        "full step": "cc.training_step(model, model, optimizer, *cc.draw_batch(atlas, settings, generator), 0.0, bf16)",
+        "full step": "cc.training_step(model, model, optimizer, *atlas.draw_batch(settings, generator), 0.0, bf16)",
         "encoders": "with autocast: out = model(*batch)\ntorch.autograd.backward(out, [torch.ones_like(o) for o in out])",
-        "cards": "cc.draw_batch(atlas, settings, generator)",
+        "cards": "atlas.draw_batch(settings, generator)",
         "loss": "cc.lixp_loss(v, t, model, settings)[0].backward()",
     }
     scope, threads = globals() | locals(), torch.get_num_threads()
