@@ -757,15 +757,16 @@ def read_captions(folder):
         reader = csv.reader(io.StringIO(read_text(table), newline=""))
         if [name.strip() for name in next(reader, [])] != ["image", "caption"]:
             raise UserError(f"{table}: its first line must be image,caption")
-        rows = [(f"{table}, row {reader.line_num}", images, row) for row in reader if row]
+        rows = [(f"{table}, row {i}", images, row) for i, row in enumerate(reader, 2) if row]
     elif folder.is_dir():
         pairs = {p.with_suffix(""): p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMG_EXTENSIONS}
-        texts = [p for p in sorted(folder.rglob("*.txt")) if p.with_suffix("") in pairs]
-        if not texts:
+        texts = {p.with_suffix(""): p for p in sorted(folder.rglob("*.txt")) if not p.name.endswith("Images.txt")}
+        if not pairs.keys() & texts.keys():
             raise UserError(f"--data {folder}: neither captions.txt nor pairs of an image and a .txt file")
-        bad = [f"{image}: there is no {name.name}.txt" for name, image in pairs.items() if name.with_suffix(".txt") not in texts]
-        rows = [(f"{text}, line {i}", folder, (pairs[text.with_suffix("")].relative_to(folder), line))
-                for text in texts for i, line in enumerate(read_text(text).splitlines() or [""], 1)]  # fmt: skip
+        bad = [f"{image}: there is no {name.name}.txt" for name, image in pairs.items() if name not in texts]
+        bad += [f"{text}: there is no image {name.name}" for name, text in texts.items() if name not in pairs]
+        rows = [(f"{texts[name]}, line {i}", folder, (pairs[name].relative_to(folder), line)) for name in pairs if name in texts
+                for i, line in enumerate(read_text(texts[name]).splitlines() or [""], 1)]  # fmt: skip
     else:
         raise UserError(f"--data {folder}: there is no such folder")
     there = {path: path.is_file() for path in {images / row[0] for _, images, row in rows}}
@@ -792,7 +793,7 @@ class Photos:
     def __init__(self, device, settings, skip_bad=False):
         def leave_out(bad):
             if bad and not skip_bad:
-                more = f" (and {len(bad) - 1:,} more bad rows)" if len(bad) > 1 else ""
+                more = f" ({len(bad) - 1:,} more)" if len(bad) > 1 else ""
                 raise UserError(f"{bad[0]}{more}; --skip-bad goes on without them")
             if bad:
                 print(f"left out: {bad[0]}; {len(bad):,} such in all")

@@ -1197,6 +1197,369 @@ def test_bad_input_of_an_evaluation_is_one_line_and_exit_2(case, tmp_path, train
     assert stop.value.code == 2 and len(error) == 1 and error[0].startswith("fewshot: ") and message in error[0]
 
 
+# ---- photographs with captions -------------------------------------------------------------------------------------------------
+
+WORDS = ["red", "green", "blue", "grey", "dark"]
+PHOTOS = ["--steps", "3", "--batch-size", "8", "--width", "32", "--precision", "float32", "--device", "cpu"]
+
+
+def gradient(i, size=(90, 60)):
+    """A landscape PIL image whose red grows from left to right, whose green grows downwards, whose blue is its number's."""
+    x, y = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
+    return Image.fromarray(np.stack([x, y, np.full_like(x, 8 * i % 256)], -1).astype(np.uint8))
+
+
+def make_photos(folder, n=30):
+    """A folder as Flickr8k: captions.txt with i % 3 + 1 captions of image i, one of them with commas and quotes."""
+    (folder / "Images").mkdir(parents=True)
+    rows = [("image", "caption")]
+    for i in range(n):
+        gradient(i).save(folder / "Images" / f"{i}.png")
+        rows += [(f"{i}.png", f'A {WORDS[i % 5]} dog, the "{j}th" , runs .') for j in range(i % 3 + 1)]
+    with open(folder / "captions.txt", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos_folder(tmp_path_factory):
+    return make_photos(tmp_path_factory.mktemp("photos") / "p")
+
+
+def photos_of(folder, **changes):
+    return cc.Photos("cpu", cc.Settings(**{"data": str(folder), "batch_size": 8, "width": 32} | changes))
+
+
+@pytest.fixture(scope="session")
+def photos(photos_folder):
+    return photos_of(photos_folder)
+
+
+def test_photos_are_the_images_and_captions_of_the_folder(photos, photos_folder):
+    assert photos.images.shape == (30, 3, 32, 32) and photos.images.dtype == torch.uint8
+    assert photos.spans[:, 1].tolist() == [1, 2, 3] * 10 and photos.spans[:4, 0].tolist() == [0, 1, 3, 6]
+    held_out = photos.held_out["dev"].tolist()
+    assert len(held_out) == 3 and sorted(held_out + photos.train.tolist()) == list(range(30))
+    fit = cc.preprocess(cc.Settings(data="x"))
+    for i in (0, 7, 29):
+        image = fit(Image.open(photos_folder / "Images" / f"{i}.png"))
+        torch.testing.assert_close(photos.images[i] / 255, image)
+        assert photos.images[i, 2].float().mean() == 8 * i % 256
+        first, count = photos.spans[i]
+        found = cc.tokenize([f"a {WORDS[i % 5]} dog the {j}th runs" for j in range(count)], photos.vocabulary)
+        assert torch.equal(photos.words[first : first + count], found)
+
+
+def test_words_seen_fewer_than_five_times_in_training_are_unknown(photos):
+    counts = {}
+    for i in photos.train.tolist():
+        for j in range(i % 3 + 1):
+            for word in ["a", WORDS[i % 5], "dog", "the", f"{j}th", "runs"]:
+                counts[word] = counts.get(word, 0) + 1
+    assert set(photos.vocabulary) == {"<pad>", "<unk>"} | {w for w, n in counts.items() if n >= 5}
+    assert cc.build_vocabulary(["b b a", "a c a"], least=2) == {"<pad>": 0, "<unk>": 1, "a": 2, "b": 3}
+
+
+def test_pairs_of_image_and_text_give_the_same_as_a_table(photos, tmp_path):
+    for i in range(30):
+        (tmp_path / f"part{i % 2}").mkdir(exist_ok=True)
+        gradient(i).save(tmp_path / f"part{i % 2}" / f"{i}.png")
+        lines = [f'A {WORDS[i % 5]} dog, the "{j}th" , runs .' for j in range(i % 3 + 1)]
+        (tmp_path / f"part{i % 2}" / f"{i}.txt").write_text("\n".join(lines) + "\n", "utf-8")
+    pairs = photos_of(tmp_path)
+    assert list(pairs.vocabulary) == list(photos.vocabulary)
+    order = pairs.images[:, 2, 0, 0].argsort()
+    assert torch.equal(pairs.images[order], photos.images) and torch.equal(pairs.spans[order, 1], photos.spans[:, 1])
+    assert sorted(pairs.words.tolist()) == sorted(photos.words.tolist())
+
+
+def test_split_files_decide_when_they_are_there(tmp_path):
+    folder = make_photos(tmp_path / "p")
+    for split, numbers in (("train", range(0, 20)), ("dev", range(20, 24)), ("test", range(24, 29))):
+        (folder / f"Flickr_8k.{split}Images.txt").write_text("".join(f"{i}.png\n" for i in numbers))
+    photos = photos_of(folder)
+    assert photos.train.tolist() == list(range(20))
+    assert {split: chosen.tolist() for split, chosen in photos.held_out.items()} == {"dev": [20, 21, 22, 23], "test": [24, 25, 26, 27, 28]}
+
+
+def test_images_of_every_kind_are_read_upright_and_in_colour(tmp_path):
+    folder = make_photos(tmp_path / "p", 12)
+    gradient(3).convert("CMYK").save(folder / "Images" / "c.jpg")
+    gradient(3).convert("L").save(folder / "Images" / "g.png")
+    gradient(3).convert("RGBA").save(folder / "Images" / "a.png")
+    exif = Image.Exif()
+    exif[0x112] = 3  # the camera was upside down
+    gradient(3).rotate(180).save(folder / "Images" / "e.png", exif=exif)
+    with open(folder / "captions.txt", "a") as file:
+        file.writelines(f"{name},a dog\n" for name in ("c.jpg", "g.png", "a.png", "e.png"))
+    cmyk, grey, alpha, turned = photos_of(folder).images[12:].float()
+    plain = photos_of(folder).images[3].float()
+    assert torch.equal(alpha, plain) and torch.equal(turned, plain) and torch.equal(grey[0], grey[2])
+    assert (cmyk - plain).abs().mean() < 12
+
+
+def test_a_batch_holds_an_image_once_with_a_caption_of_its_own(photos):
+    settings, generator, drawn = cc.Settings(data="x", batch_size=20), torch.Generator().manual_seed(0), {}
+    for _ in range(40):
+        images, words = photos.draw_batch(settings, generator)
+        assert images.shape == (20, 3, 32, 32) and images.dtype == torch.float32
+        numbers = (images[:, 2].mean((1, 2)) * 255 / 8).round().int().tolist()
+        assert len(set(numbers)) == 20 and set(numbers) <= set(photos.train.tolist())
+        for i, caption in zip(numbers, words):
+            place = [j for j in range(photos.spans[i, 0], photos.spans[i].sum()) if torch.equal(photos.words[j], caption)]
+            assert len(place) == 1
+            drawn.setdefault(i, set()).add(place[0])
+    assert all(len(places) == photos.spans[i, 1] for i, places in drawn.items()) and len(drawn) == len(photos.train)
+
+
+def test_crops_keep_half_the_area_within_the_image_and_half_are_mirrored(photos):
+    images = torch.cat([photos.draw_batch(cc.Settings(data="x", batch_size=20), torch.Generator().manual_seed(i))[0] for i in range(20)])
+    start, end = images[:, 0, 16, 1], images[:, 0, 16, 30]  # of the red, which grows by 60 / 90 over the square
+    mirrored = (end < start).float().mean()
+    assert 0.4 < mirrored < 0.6 and (images[:, 1, 30, 16] > images[:, 1, 1, 16]).all()  # never upside down
+    wide, high = (end - start).abs() * 32 / 29 * 90 / 60, (images[:, 1, 30, 16] - images[:, 1, 1, 16]) * 32 / 29
+    area = wide * high
+    assert area.min() > 0.42 and area.max() < 1.08 and 0.65 < area.mean() < 0.8 and area.std() > 0.1
+    ratio = wide / high
+    assert ratio.min() > 0.7 and ratio.max() < 1.45 and ratio.std() > 0.1
+    corner = images[:, 1, 1, 16]  # where the crops begin: some at the top, some below
+    assert corner.min() < 0.05 and corner.max() > 0.2
+
+
+class Echo:
+    """A model that encodes image i and its captions as given."""
+
+    def __init__(self, photos, x, t):
+        self.photos, self.x, self.t = photos, x, t
+
+    def encode_image(self, images, normalize):
+        return torch.stack([self.x[round(i)] for i in (images[:, 2].mean((1, 2)) * 255 / 8).tolist()])
+
+    def encode_text(self, words, normalize):
+        self.seen = getattr(self, "seen", 0) + len(words)
+        return self.t[self.seen - len(words) : self.seen]
+
+
+def test_recall_is_that_of_a_plain_loop(photos):
+    chosen = photos.train
+    photos_, g = cc.Photos.__new__(cc.Photos), torch.Generator().manual_seed(0)
+    photos_.__dict__ = photos.__dict__ | {"held_out": {"dev": chosen}}
+    owners = [i for i in chosen.tolist() for _ in range(photos.spans[i, 1])]
+    x, t = normalize(torch.randn(30, 3, generator=g), dim=1), normalize(torch.randn(len(owners), 3, generator=g), dim=1)
+    t = normalize(t + 0.6 * x[owners], dim=1)
+    expected = {}
+    for k in (1, 5, 10):
+        hits = [i in sorted(chosen.tolist(), key=lambda n: -(x[n] @ t[c]).item())[:k] for c, i in enumerate(owners)]
+        found = [any(owners[c] == i for c in sorted(range(len(owners)), key=lambda c: -(x[i] @ t[c]).item())[:k]) for i in chosen.tolist()]
+        expected[k] = 100 * np.mean(hits), 100 * np.mean(found)
+    result = photos_.validate(Echo(photos, x, t))["dev"]
+    assert result == pytest.approx([expected[k][side] for side in (0, 1) for k in (1, 5, 10)], abs=1e-3)
+    assert 5 < result[0] < result[1] < result[2] < 100
+    same = torch.ones(30, 3) / 3**0.5  # a collapsed model finds nothing
+    assert photos_.validate(Echo(photos, same, same[:1].expand(len(owners), 3)))["dev"] == [0] * 6
+
+
+def test_chance_is_that_of_guessing(photos, capsys):
+    photos_ = cc.Photos.__new__(cc.Photos)
+    photos_.__dict__ = photos.__dict__ | {"held_out": {"dev": torch.arange(30)}}
+    photos_.report([])
+    shown = [float(v) for v in capsys.readouterr().out.splitlines()[-1].split()[3:]]
+    rng, owners = np.random.default_rng(0), np.repeat(np.arange(30), photos.spans[:, 1])
+    for k, column in ((1, 3), (5, 4), (10, 5)):
+        assert shown[column - 3] == pytest.approx(100 * k / 30, abs=0.06)
+        hits = [len(set(owners[rng.permutation(60)[:k]])) / 30 for _ in range(4000)]  # of 30 images, those guessed
+        assert shown[column] == pytest.approx(100 * np.mean(hits), abs=0.6)
+
+
+def test_photographs_train_resume_and_classify(photos_folder, pictures, tmp_path, capsys):
+    arguments = ["--data", str(photos_folder), "--image-size", "40", *PHOTOS]
+    cc.main([*arguments, "--out", str(tmp_path)])
+    output = capsys.readouterr().out
+    assert "27 photographs, 3 steps of 8" in output
+    rows = [line for line in output.splitlines() if " 3 dev" in line]
+    assert [row.split()[0] for row in rows] == ["clip", "clixp", "chance"]
+    assert all(0 <= float(value) <= 100 for row in rows[:2] for value in row.split()[4:10])
+    before = torch.load(tmp_path / "clixp.pt", weights_only=True)
+    assert len(before["result"]["dev"]) == 6 and before["settings"]["image_size"] == 40
+    cc.main([*arguments, "--out", str(tmp_path), "--resume"])  # finished: the same table
+    assert [line for line in capsys.readouterr().out.splitlines() if " 3 dev" in line] == rows
+    fs.main(["--out", str(tmp_path), "--data", str(pictures), "--shots", "1", "2", "--queries", "3", "--seeds", "2"])
+    assert "found on other images of the classes" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        fs.main(["--out", str(tmp_path)])
+    assert "trained on photographs" in capsys.readouterr().err
+
+
+def test_photographs_go_on_exactly_where_they_stopped(photos, tmp_path, monkeypatch):
+    settings = cc.Settings("clixp", data="x", batch_size=8, width=32, steps=20, precision="float32")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir(), stopped.mkdir()
+    cc.train(settings, photos, whole)
+    monkeypatch.setattr(cc, "SAVE_EVERY", 10)
+
+    def stop(step, model):
+        if step == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cc.train(settings, photos, stopped, watch=stop)
+    assert torch.load(stopped / "clixp.pt", weights_only=True)["log"][-1][0] == 10
+    cc.train(settings, photos, stopped, resume=True)
+    one, two = (torch.load(folder / "clixp.pt", weights_only=True)["model"] for folder in (whole, stopped))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    photos_ = cc.Photos.__new__(cc.Photos)
+    photos_.__dict__ = photos.__dict__ | {"vocabulary": {"other": 0}}
+    (stopped / "clixp.pt").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        cc.train(settings, photos, stopped, watch=stop)
+    with pytest.raises(cc.UserError, match="captions"):
+        cc.train(settings, photos_, stopped, resume=True)
+
+
+def test_validation_images_of_a_photo_model_are_not_its_test_images(pictures):
+    fit = {"seeds": range(4), "shots": 2, "queries": 3, "device": "cpu", "settings": cc.Settings(data="x", image_size=48)}
+    drawn = []
+    for part in (slice(0, None, 2), slice(1, None, 2)):
+        task = fs.image_task(str(pictures), ["{}"], None, part=part, **fit)
+        images = torch.cat([task.draw(seed, 2, 3) for seed in range(4)])
+        assert images.shape == (20, 3, 3, 48, 48)
+        drawn.append({image.mean().item() for image in images.flatten(0, 1)})
+    assert len(drawn[0]) == len(drawn[1]) == 15 and not drawn[0] & drawn[1]
+
+
+def break_photos(folder, how):
+    table, image = folder / "captions.txt", folder / "Images" / "4.png"
+    text = table.read_text()
+    {
+        "missing image": lambda: image.unlink(),
+        "broken image": lambda: image.write_bytes(image.read_bytes()[:60]),
+        "no table": lambda: table.rename(folder / "other.csv"),
+        "header": lambda: table.write_text(text.replace("image,caption", "file,text")),
+        "no header": lambda: table.write_text(text.split("\n", 1)[1]),
+        "nothing": lambda: table.write_text(""),
+        "no rows": lambda: table.write_text("image,caption\n"),
+        "no caption": lambda: table.write_text(text + "4.png, . \n"),
+        "columns": lambda: table.write_text(text + "4.png,a dog, a cat\n"),
+        "quote": lambda: table.write_text(text + '4.png,"a dog\n5.png,a cat\n'),
+        "encoding": lambda: table.write_bytes(text.encode() + "4.png,caf\u00e9\n".encode("latin-1")),
+    }[how]()
+    return folder
+
+
+BROKEN = {
+    "missing image": r"captions.txt, row 9: there is no .*4.png \(1 more\); --skip-bad goes on without them",
+    "broken image": r"captions.txt, row 9: .*4.png cannot be read \(.+\); --skip-bad",
+    "no table": r"--data .*: neither captions.txt nor pairs",
+    "header": r"captions.txt: its first line must be image,caption",
+    "no header": r"captions.txt: its first line must be image,caption",
+    "nothing": r"captions.txt: its first line must be image,caption",
+    "no rows": r"--data .*: 0 train images, fewer than 8",
+    "no caption": r"captions.txt, row 62: the caption is empty",
+    "columns": r"captions.txt, row 62: 3 columns instead of 2",
+    "quote": r"captions.txt, row 62: a quote is not closed",
+    "encoding": r"captions.txt is not UTF-8, from byte \d+ on",
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_bad_photographs_are_told_in_one_line_before_training(how, tmp_path, capsys):
+    folder, out = break_photos(make_photos(tmp_path / "p"), how), tmp_path / "out"
+    with pytest.raises(SystemExit) as exit:
+        cc.main(["--data", str(folder), *PHOTOS, "--out", str(out)])
+    error = capsys.readouterr().err.split("\r")[-1].strip()
+    assert exit.value.code == 2 and not list(out.glob("*.pt"))
+    assert re.fullmatch(f"contextclip: .*{BROKEN[how]}.*", error)
+
+
+@pytest.mark.parametrize("how, left", [("missing image", 29), ("broken image", 29), ("no caption", 30), ("columns", 30), ("quote", 30)])
+def test_skip_bad_goes_on_without_what_is_bad(how, left, tmp_path, capsys):
+    folder = break_photos(make_photos(tmp_path / "p"), how)
+    settings = cc.Settings(data=str(folder), batch_size=8, width=32)
+    photos = cc.Photos("cpu", settings, skip_bad=True)
+    assert len(photos.images) == len(photos.spans) == left and photos.spans[:, 1].sum() == len(photos.words)
+    blue = photos.images[:, 2, 0, 0]
+    assert torch.equal(blue, 8 * torch.tensor([i for i in range(30) if i != 4 or left == 30], dtype=torch.uint8))
+    assert re.search(rf"left out: .*captions.txt, row \d+.*; {2 if how == 'missing image' else 1} such in all", capsys.readouterr().out)
+
+
+def test_pairs_that_lack_a_half_are_bad(tmp_path, capsys):
+    gradient(0).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a dog")
+    gradient(1).save(tmp_path / "b.png")
+    (tmp_path / "c.txt").write_text("a cat")
+    found, bad = cc.read_captions(tmp_path)
+    assert [(path.name, caption) for path, caption, _ in found] == [("a.png", "a dog")]
+    assert len(bad) == 2 and "b.png: there is no b.txt" in bad[0] and "c.txt: there is no image c" in bad[1]
+    with pytest.raises(cc.UserError, match="no such folder"):
+        cc.read_captions(tmp_path / "none")
+
+
+def test_fewer_images_than_the_batch(photos_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cc.main(["--data", str(photos_folder), *PHOTOS, "--batch-size", "28", "--out", str(tmp_path)])
+    assert exit.value.code == 2 and "27 train images, fewer than 28" in capsys.readouterr().err
+
+
+# ---- encoders of torchvision ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x0_5", "googlenet"])
+def test_encoders_of_torchvision_embed_grey_and_colour_of_any_size(name):
+    model = cc.ContextCLIP(cc.Settings(encoder=name, width=32, image_size=64), ["a", "b"])
+    torch.manual_seed(0)
+    model.train()(torch.rand(4, 1, 64, 64), torch.ones(4, 2, dtype=torch.long))[0].sum().backward()
+    model.eval()
+    colour = torch.rand(4, 3, 64, 64)
+    with torch.no_grad():
+        v = model.encode_image(colour)
+        assert v.shape == (4, 32) and torch.allclose(model.encode_image(colour[:1]), v[:1], atol=1e-4)
+        assert not torch.equal(model.encode_image(colour[:, :1]), v)
+        assert model.encode_image(torch.rand(4, 1, 32, 32)).shape == (4, 32)
+    trained = [p for p in model.image_encoder.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    assert len(trained) > 0.9 * len(list(model.image_encoder.parameters()))
+
+
+def test_vit_of_torchvision_takes_the_image_size():
+    model = cc.ContextCLIP(cc.Settings(encoder="vit_b_16", width=32, image_size=32), ["a"])
+    assert model.encode_image(torch.rand(2, 1, 32, 32)).shape == (2, 32)
+
+
+def test_pretrained_weights_are_used_once_and_saved(monkeypatch, tmp_path, atlas):
+    source, asked = torchvision.models.resnet18().state_dict(), []
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", lambda *a, **k: asked.append(a) or source)
+    settings = cc.Settings(encoder="resnet18", pretrained=True, width=32, image_size=32, batch_size=8, steps=1, precision="float32")
+    model = cc.ContextCLIP(settings, ["a"])
+    assert torch.equal(model.image_encoder.conv1.weight, source["conv1.weight"]) and model.image_encoder.fc.out_features == 32
+    cc.train(settings, atlas, tmp_path)
+    del asked[:]
+    loaded = cc.load(tmp_path / "clip.pt")
+    assert not asked and loaded.encode_image(torch.rand(2, 1, 32, 32)).shape == (2, 32)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--encoder", "resnet19"], "--encoder resnet19: neither cnn, nor vit, nor a classification model"),
+    (["--encoder", "fcn_resnet50"], "--encoder fcn_resnet50: neither"),
+    (["--encoder", "alexnet"], "--encoder alexnet with --image-size 32"),
+    (["--pretrained"], "--pretrained: there are no weights for --encoder cnn"),
+    (["--image-size", "36"], "--image-size 36: it must be a multiple of 8"),
+    (["--image-size", "232"], "--image-size 232: it must lie between 32 and 224"),
+])  # fmt: skip
+def test_encoders_that_do_not_fit_are_told_in_one_line(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cc.main([*SMALL, *arguments, "--out", str(tmp_path)])
+    assert exit.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.glob("*.pt"))
+
+
+def test_weights_that_cannot_be_had_are_told_in_one_line(tmp_path, capsys, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
+    with pytest.raises(SystemExit) as exit:
+        cc.main([*SMALL, "--encoder", "resnet18", "--pretrained", "--out", str(tmp_path)])
+    assert exit.value.code == 2 and "--encoder resnet18 with --image-size 32: no network" in capsys.readouterr().err
+
+
 # ---- studies --------------------------------------------------------------------------------------------------------
 
 
