@@ -69,7 +69,7 @@ class Settings:
     encoder: str = option("cnn", "of images: cnn, vit, or a classification model of torchvision, such as resnet18")
     pretrained: bool = option(False, "start from torchvision's weights for that encoder (it downloads them)")
     seed: int = option(0, "of the initial weights and of every batch")
-    steps: int = option(800, "optimiser steps", low=1)
+    steps: int = option(1600, "optimiser steps", low=1)
     batch_size: int = option(512, "B; the other B - 1 images are an image's context", low=2)
     lr: float = option(2e-3, "peak learning rate of AdamW, between a linear warm-up and a cosine to 0")
     weight_decay: float = option(0.1, "of matrices; temperatures, biases and gains have none")

@@ -1571,6 +1571,7 @@ def study(tmp_path, monkeypatch):
     spec.loader.exec_module(study)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study, "FIGURES", tmp_path)
+    monkeypatch.setattr(study, "STEPS", 40)
     for name, value in {"steps": 40, "batch_size": 64, "width": 32, "characters": 250}.items():
         index = [f.name for f in dataclasses.fields(cc.Settings)].index(name)
         defaults = list(cc.Settings.__init__.__defaults__)
@@ -1650,6 +1651,16 @@ def test_pictures_and_profile(study, monkeypatch, tmp_path, capsys):
     assert re.search(r"context: [\d.]+ % of the attention on the same character", capsys.readouterr().out)
     run_study(study, monkeypatch, "profile")
     assert re.search(r"full step +[\d.]+ ms +100%\nencoders +[\d.]+ ms +\d+%\ncards.*\nloss", capsys.readouterr().out)
+
+
+def test_speed_study_compares_the_two_ways(study, monkeypatch, capsys, photos_folder):
+    monkeypatch.setattr(study, "time_against_plain", lambda folder, time=study.time_against_plain: time(folder, steps=2, rounds=2))
+    monkeypatch.setattr(cc.Settings.__init__, "__defaults__", tuple(16 if d == 64 else d for d in cc.Settings.__init__.__defaults__))
+    for arguments in ([], ["--data", str(photos_folder)]):
+        run_study(study, monkeypatch, "speed", *arguments)
+        plain, ours, ratios = re.search(r"plain ([\d,]+), ours ([\d,]+); ratio, round by round: (.+)", capsys.readouterr().out).groups()
+        ratios = [float(ratio) for ratio in ratios.split(", ")]
+        assert len(ratios) == 2 and min(ratios) <= float(ours.replace(",", "")) / float(plain.replace(",", "")) * 1.1
 
 
 def test_memory_study_measures_each_size(study, capsys, monkeypatch):

@@ -11,11 +11,12 @@
     python figures/study.py attention     which cards of the batch an image attends to
     python figures/study.py cards         training cards with their captions
     python figures/study.py profile       where the time of a training step goes
+    python figures/study.py speed         training against the plain PyTorch way, on cards or on --data DIR
     python figures/study.py memory        memory and time of the loss against B, plain and in blocks
 
 Models are kept in runs/study: what is trained already is not trained again, and an interrupted study goes on. `--draw`
 only draws, from the CSV file. Accuracies are those of fewshot.py's 21 tasks, the mean of its six training-free classifiers
-with two draws of images per training seed; intervals are `fewshot.interval`'s.
+with two draws of images per training seed, of models trained for half the default's steps; intervals are `fewshot.interval`'s.
 """
 
 import argparse
@@ -35,13 +36,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
+from PIL import Image
+from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import contextclip as cc  # noqa: E402
 import fewshot as fs  # noqa: E402
 
 FIGURES, RUNS = Path(__file__).resolve().parent, Path("runs/study")
-SHOTS = [1, 4, 16]
+SHOTS, STEPS = [1, 4, 16], 800  # half of the default's steps, for there are many models to train
 PAPER = {  # of the ablations: zero-shot, 16-shot (ViT-S/16, 1.5 billion examples); its full method has alpha 0.9
     "full": (50.5, 64.1), "alpha 0.9": (50.5, 64.1), "no self-mask": (50.9, 60.5), "alpha 0.6": (48.7, 61.5),
     "shared temperature": (47.8, 61.8), "detached values": (43.8, 58.7),
@@ -77,8 +80,9 @@ def atlas_of(characters=cc.Settings.characters, distortion=cc.Settings.distortio
 
 def trained(seed, init=None, folder="", **changes):
     """The checkpoint of a model with these settings, the rest as by default, trained if it is not there yet."""
-    settings = cc.Settings(**{"objective": "clixp", "seed": seed} | changes)
-    differences = [f"{k}={v}" for k, v in changes.items() if k != "objective" and v != getattr(cc.Settings, k)]
+    settings = cc.Settings(**{"objective": "clixp", "seed": seed, "steps": STEPS} | changes)
+    usual = cc.Settings(settings.objective, steps=STEPS)
+    differences = [f"{k}={v}" for k, v in changes.items() if v != getattr(usual, k)]
     out = RUNS / folder / ("-".join(differences) or "default") / f"seed{seed}"
     cc.make_writable(out)
     atlas = atlas_of(settings.characters, settings.distortion, settings.number_share)
@@ -176,7 +180,7 @@ def watch_emergence(seeds):
     attention_same is the share of an image's attention, on one batch, that falls on cards of its own character."""
     atlas = atlas_of()
     images, _, same = same_character(atlas, cc.Settings.batch_size)
-    for settings in [cc.Settings(objective, seed=seed) for objective in ("clip", "clixp") for seed in range(seeds)]:
+    for settings in [cc.Settings(objective, seed=seed, steps=STEPS) for objective in ("clip", "clixp") for seed in range(seeds)]:
         seen, out = {}, RUNS / "emergence" / f"seed{settings.seed}"
 
         @torch.no_grad()
@@ -289,6 +293,61 @@ def profile():
     for name, median in zip(parts, medians):
         print(f"{name:9}{median:9.1f} ms{median / medians[0]:6.0%}")
 
+class Files(torch.utils.data.Dataset):
+    """The plain PyTorch way: every image is opened and cropped by Pillow each time that it comes. Yields image, tokens."""
+
+    def __init__(self, rows, vocabulary, size):
+        self.paths, captions, _ = zip(*rows)
+        self.words = cc.tokenize(captions, vocabulary)
+        crop = transforms.RandomResizedCrop(size, scale=(0.5, 1.0))
+        self.fit = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        with Image.open(self.paths[i]) as image:
+            return self.fit(image.convert("RGB")), self.words[i]
+
+def time_against_plain(folder, steps=20, rounds=3):
+    """Print the images per second of --data's training steps and of the plain way, by turns: the same model, losses and
+    optimiser, images from a DataLoader with a worker per core, float32. Without a folder, 2,048 cards are written as one."""
+    if not folder:
+        folder, atlas = RUNS / "cards", atlas_of()
+        cc.make_writable(folder)
+        images, words = atlas.draw_batch(cc.Settings(batch_size=2048), torch.Generator(atlas.device).manual_seed(0))
+        spelled = list(atlas.vocabulary)
+        for i, (image, caption) in enumerate(zip((255 * images.clamp(0, 1)).byte().cpu().numpy(), words.tolist())):
+            Image.fromarray(image[0]).save(folder / f"{i}.png")
+            (folder / f"{i}.txt").write_text(" ".join(spelled[word] for word in caption if word))
+    settings = cc.Settings("clixp", data=str(folder), image_size=64 if (Path(folder) / "captions.txt").exists() else 32)
+    photos = cc.Photos(cc.choose_device(), settings)
+    device, generator = photos.device, torch.Generator(photos.train.device).manual_seed(0)
+    files = Files(cc.read_captions(Path(folder))[0], photos.vocabulary, settings.image_size)
+    loader = torch.utils.data.DataLoader(files, settings.batch_size, shuffle=True, drop_last=True, num_workers=os.cpu_count(),
+                                         persistent_workers=True, pin_memory=device.type == "cuda")  # fmt: skip
+
+    def of_files():
+        while True:
+            yield from ((images.to(device), words.to(device)) for images, words in loader)
+
+    def of_photos():
+        while True:
+            yield photos.draw_batch(settings, generator)
+
+    ways = {"plain": (of_files(), False), "ours": (of_photos(), cc.use_bf16(settings, device))}
+    models = {way: cc.ContextCLIP(settings, photos.vocabulary).to(device, memory_format=torch.channels_last) for way in ways}
+    optimizers, found = {way: cc.make_optimizer(model, settings) for way, model in models.items()}, defaultdict(list)
+    for _, (way, (batches, bf16)) in product(range(rounds + 1), ways.items()):  # the first round warms up
+        start = time.perf_counter()
+        for _ in range(steps):
+            losses = cc.training_step(models[way], models[way], optimizers[way], *next(batches), 0.0, bf16)
+        float(losses[0])  # waits for the GPU
+        found[way].append(steps * settings.batch_size / (time.perf_counter() - start))
+    plain, ours = (np.array(found[way][1:]) for way in ways)
+    print(f"{device}, images/s: plain {plain.mean():,.0f}, ours {ours.mean():,.0f}; ratio, round by round: "
+          + ", ".join(f"{ratio:.2f}" for ratio in ours / plain))  # fmt: skip
+
 def loss_memory(B, chunk):
     """(MiB that the loss and its gradient add to a process's or the GPU's peak, median seconds of three)."""
     device, settings = cc.choose_device(), cc.Settings("clixp", batch_size=B, chunk=chunk)
@@ -327,7 +386,8 @@ def tabulate_memory(sizes=(1024, 2048, 4096, 8192), chunk=512):
 def main():
     parser = argparse.ArgumentParser(description="The studies of the README; see the top of the file.")
     parser.error = lambda message: cc.fail(message, "study")
-    parser.add_argument("study", choices=[*STUDIES, "emergence", "attention", "cards", "profile", "memory"])
+    parser.add_argument("study", choices=[*STUDIES, "emergence", "attention", "cards", "profile", "speed", "memory"])
+    parser.add_argument("--data", help="of speed: a folder of photographs and captions, instead of cards")
     parser.add_argument("--seeds", type=int, default=3, choices=range(1, 11), metavar="N", help="training seeds (%(default)s)")
     parser.add_argument("--draw", action="store_true", help="only draw, from the CSV file")
     args = parser.parse_args()
@@ -339,6 +399,8 @@ def main():
             return draw_cards(path)
         if args.study == "profile":
             return profile()
+        if args.study == "speed":
+            return time_against_plain(args.data)
         if args.study == "memory":
             return tabulate_memory()
         data = path.with_suffix(".csv")
