@@ -7,7 +7,7 @@
 
 An episode is a few labelled images per class, the support, and queries to classify. The classifiers work on normalised
 embeddings; six of them are training-free, as in the paper. The file's order: 1 classifiers, 2 tasks, 3 evaluation with
-hyper-parameters, 4 what is printed and drawn, 5 command line.
+hyper-parameters, 4 what is printed and drawn, 5 images of your own, 6 command line.
 """
 
 import argparse
@@ -186,7 +186,7 @@ def card_tasks(atlas, names=TASKS):
         members = [i for c, i in atlas.index.items() if re.match(start, f"{c} {atlas.names[i]}") and atlas.rows[faces][i, 1]
                    and (i in trained if group == "seen" else splits[i] == "test")]  # fmt: skip
         if group == "combined":  # of letters and diacritics that are trained
-            members = [i for i in members if set(cc.split_words(atlas.names[i])) <= atlas.vocabulary.keys()]
+            members = [i for i in members if atlas.knows(i)]
         members = sorted(sorted(members, key=lambda i: zlib.crc32(atlas.names[i].encode()))[:MOST])
         if len(members) > 1:  # a model of few characters has not seen all groups
             tasks.append(card_task(atlas, name, group, members, faces))
@@ -196,69 +196,6 @@ def validation_tasks(atlas):
     """The tasks on which hyper-parameters are chosen: characters and typefaces that serve nothing else."""
     return [card_task(atlas, name, "combined" if name == "combinations" else "unseen", members, "validation")
             for name, members in atlas.validation.items()]  # fmt: skip
-
-def open_dataset(source, root):
-    """A folder with a folder of images per class, or a torchvision dataset by NAME or NAME:SPLIT, its test part by default,
-    downloaded into `root` if need be. Raises UserError."""
-    if Path(source).is_dir():
-        try:
-            return torchvision.datasets.ImageFolder(source)
-        except FileNotFoundError as error:  # no class folder, or an empty one
-            raise UserError(f"--data {source}: {cc.first_line(error)}") from None
-    name, _, split = source.partition(":")
-    kind = getattr(torchvision.datasets, name, None)
-    if not (inspect.isclass(kind) and issubclass(kind, torchvision.datasets.VisionDataset)):
-        raise UserError(f"--data {source}: neither a folder nor a dataset of torchvision")
-    known = set()
-    for parent in kind.__mro__:
-        parameters = inspect.signature(parent.__init__).parameters
-        known |= parameters.keys()
-        if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):  # it passes nothing on
-            break
-    wanted = {"root": str(root), "download": True, "train": False, "background": False, "split": split or "test"}
-    try:
-        return kind(**{key: value for key, value in wanted.items() if key in known})
-    except Exception as error:  # each of them fails in ways of its own
-        raise UserError(f"--data {source}: cannot be downloaded or read ({cc.first_line(error)})") from None
-
-def image_task(source, templates, root, seeds, shots, queries, device, settings=cc.Settings(), part=slice(None)):
-    """A task of one's own images. A class's name fills the {} of each template: "0 - zero" becomes "zero", as does the
-    name "0". One permutation per class and seed: the first `queries` images are queries, the next ones the support.
-    `part` of each class's images is used. Raises UserError, before anything else is computed, if a class has too few images
-    or one cannot be read."""
-    dataset = open_dataset(source, root)
-    targets = next((getattr(dataset, name) for name in ("targets", "labels", "_labels") if hasattr(dataset, name)), None)
-    if targets is None:
-        targets = [dataset[i][1] for i in tqdm(range(len(dataset)), "reading labels", leave=False)]
-    try:
-        targets = np.array([int(target) for target in targets])
-    except (TypeError, ValueError):
-        raise UserError(f"--data {source}: its labels are not classes") from None
-    labels = np.unique(targets)
-    members = [np.flatnonzero(targets == label)[part] for label in labels]
-    names = [str(dataset.classes[i]) if hasattr(dataset, "classes") else str(i) for i in labels]
-    for name, found in zip(names, members):
-        if len(found) < queries + shots:
-            raise UserError(f"--data {source}: class {name} has {len(found)} images, {queries} queries and {shots} shots need "
-                            f"{queries + shots}; lower --queries or --shots")  # fmt: skip
-    order = np.stack([[np.random.default_rng([seed, c]).permutation(found)[: queries + shots]
-                       for c, found in enumerate(members)] for seed in seeds])  # (seeds, C, n)  # fmt: skip
-    used, place = np.unique(order, return_inverse=True)
-    images, fit = [], cc.preprocess(settings)
-    for i in tqdm(used.tolist(), "reading images", leave=False):
-        try:
-            images.append(fit(dataset[i][0]))
-        except Exception as error:  # Pillow has many ways to fail
-            path = dataset.samples[i][0] if hasattr(dataset, "samples") else f"image {i} of {source}"
-            raise UserError(f"{path} cannot be read ({cc.first_line(error)})") from None
-    images, place = torch.stack(images).to(device), torch.from_numpy(place.reshape(order.shape)).to(device)
-
-    def readable(name):
-        name = name.split(" - ")[-1].replace("_", " ")
-        return cc.NUMERALS[int(name)] if name in list("0123456789") else name
-
-    captions = [[template.replace("{}", readable(name)) for template in templates] for name in names]
-    return Task(Path(source).name, "own", captions, lambda seed, *_: images[place[seeds.index(seed)].T])
 
 # ---- 3. Evaluation --------------------------------------------------------------------------------------------------
 
@@ -423,6 +360,10 @@ def report(table, groups):
         print_table(f"{model}, % right", lambda method, k: f"{table[model, method, k].mean():.1f}")
     for base, context in pairs if methods else []:
         print_table(f"{context} - {base}", lambda method, k: difference(table[base, method, k], table[context, method, k]))
+        several = [k for k in shots if k >= 4]
+        if MEAN in methods and len(several) > 1:
+            of_both = (sum(table[model, MEAN, k] for k in several) / len(several) for model in (base, context))
+            print(f"{MEAN}, {several[0]} to {several[-1]} shots together: {difference(*of_both)}")
         mean = {key: values.mean() for key, values in table.items()}
         times = {m: efficiency(*([mean[model, m, k] for k in shots] for model in (base, context)), shots) for m in methods}
         print_table("sample efficiency", lambda method, k: f"{times[method][shots.index(k)]:.2f}".replace("inf", f"> {shots[-1] / k:g}"))
@@ -475,7 +416,72 @@ def draw_gains(table, groups, context, path):
     axis.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=130)
 
-# ---- 5. Command line ------------------------------------------------------------------------------------------------
+# ---- 5. Images of your own ------------------------------------------------------------------------------------------
+
+def open_dataset(source, root):
+    """A folder with a folder of images per class, or a torchvision dataset by NAME or NAME:SPLIT, its test part by default,
+    downloaded into `root` if need be. Raises UserError."""
+    if Path(source).is_dir():
+        try:
+            return torchvision.datasets.ImageFolder(source)
+        except FileNotFoundError as error:  # no class folder, or an empty one
+            raise UserError(f"--data {source}: {cc.first_line(error)}") from None
+    name, _, split = source.partition(":")
+    kind = getattr(torchvision.datasets, name, None)
+    if not (inspect.isclass(kind) and issubclass(kind, torchvision.datasets.VisionDataset)):
+        raise UserError(f"--data {source}: neither a folder nor a dataset of torchvision")
+    known = set()
+    for parent in kind.__mro__:
+        parameters = inspect.signature(parent.__init__).parameters
+        known |= parameters.keys()
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):  # it passes nothing on
+            break
+    wanted = {"root": str(root), "download": True, "train": False, "background": False, "split": split or "test"}
+    try:
+        return kind(**{key: value for key, value in wanted.items() if key in known})
+    except Exception as error:  # each of them fails in ways of its own
+        raise UserError(f"--data {source}: cannot be downloaded or read ({cc.first_line(error)})") from None
+
+def image_task(source, templates, root, seeds, shots, queries, device, settings=cc.Settings(), part=slice(None)):
+    """A task of one's own images. A class's name fills the {} of each template: "0 - zero" becomes "zero", as does the
+    name "0". One permutation per class and seed: the first `queries` images are queries, the next ones the support.
+    `part` of each class's images is used. Raises UserError, before anything else is computed, if a class has too few images
+    or one cannot be read."""
+    dataset = open_dataset(source, root)
+    targets = next((getattr(dataset, name) for name in ("targets", "labels", "_labels") if hasattr(dataset, name)), None)
+    if targets is None:
+        targets = [dataset[i][1] for i in tqdm(range(len(dataset)), "reading labels", leave=False)]
+    try:
+        targets = np.array([int(target) for target in targets])
+    except (TypeError, ValueError):
+        raise UserError(f"--data {source}: its labels are not classes") from None
+    labels = np.unique(targets)
+    members = [np.flatnonzero(targets == label)[part] for label in labels]
+    names = [str(dataset.classes[i]) if hasattr(dataset, "classes") else str(i) for i in labels]
+    for name, found in zip(names, members):
+        if len(found) < queries + shots:
+            raise UserError(f"--data {source}: class {name} has {len(found)} images, {queries} queries and {shots} shots need "
+                            f"{queries + shots}; lower --queries or --shots")  # fmt: skip
+    order = np.stack([[np.random.default_rng([seed, c]).permutation(found)[: queries + shots]
+                       for c, found in enumerate(members)] for seed in seeds])  # (seeds, C, n)  # fmt: skip
+    used, place = np.unique(order, return_inverse=True)
+    images, fit = [], cc.preprocess(settings)
+    for i in tqdm(used.tolist(), "reading images", leave=False):
+        try:
+            images.append(fit(dataset[i][0]))
+        except Exception as error:  # Pillow has many ways to fail
+            path = dataset.samples[i][0] if hasattr(dataset, "samples") else f"image {i} of {source}"
+            raise UserError(f"{path} cannot be read ({cc.first_line(error)})") from None
+    images, place = torch.stack(images).to(device), torch.from_numpy(place.reshape(order.shape)).to(device)
+
+    def readable(name):
+        name = name.split(" - ")[-1].replace("_", " ")
+        return cc.NUMERALS[int(name)] if name in list("0123456789") else name
+
+    captions = [[template.replace("{}", readable(name)) for template in templates] for name in names]
+    return Task(Path(source).name, "own", captions, lambda seed, *_: images[place[seeds.index(seed)].T])
+
+# ---- 6. Command line ------------------------------------------------------------------------------------------------
 
 fail = partial(cc.fail, program="fewshot")
 
@@ -535,7 +541,7 @@ def main(arguments=None):
             tasks = [own(seeds=range(args.seeds * len(runs)), part=slice(0, None, 2))]
         else:
             tasks = [own(seeds=range(args.seeds * len(runs)))] if args.data else []
-            atlas = cc.Atlas(device, settings.characters, settings.distortion, settings.number_share)
+            atlas = cc.Atlas(device, settings)
             validation = validation_tasks(atlas)
             tasks = tasks or card_tasks(atlas, [task for task in TASKS if task in (args.tasks or TASKS)])
         if not tasks:

@@ -34,7 +34,7 @@ SMALL = ["--steps", "30", "--batch-size", "32", "--width", "32", "--characters",
 @pytest.fixture(scope="session")
 def atlas():
     cc.choose_device("cpu")
-    return cc.Atlas("cpu", limit=300)
+    return cc.Atlas("cpu", cc.Settings(characters=300))
 
 
 def embeddings(B, d=6, seed=0):
@@ -101,8 +101,8 @@ def test_contrastive_losses_equal_naive_loops(B):
     v, t = embeddings(B)
     x, y = torch.nn.functional.normalize(v, dim=1), torch.nn.functional.normalize(t, dim=1)
     tau, b = torch.tensor(7.0, dtype=torch.float64, requires_grad=True), torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
-    same(cc.clip_loss(x, y, tau), naive_clip(x, y, tau), [v, t, tau])
-    same(cc.siglip_loss(x, y, tau, b), naive_siglip(x, y, tau, b), [v, t, tau, b])
+    same(cc.clip_loss(x, y, tau).mean(), naive_clip(x, y, tau), [v, t, tau])
+    same(cc.siglip_loss(x, y, tau, b).mean(), naive_siglip(x, y, tau, b), [v, t, tau, b])
 
 
 @pytest.mark.parametrize("B", SIZES)
@@ -169,9 +169,9 @@ def test_losses_stay_finite_at_the_highest_temperature():
 
 def test_chance_loss():
     x = torch.zeros(8, 4)  # no model can tell these apart
-    assert cc.chance_loss(cc.Settings("clip", batch_size=8)) == pytest.approx(cc.clip_loss(x, x, 5.0).item())
+    assert cc.chance_loss(cc.Settings("clip", batch_size=8)) == pytest.approx(cc.clip_loss(x, x, 5.0).mean().item())
     biases = torch.linspace(-6, 2, 801)
-    best = min(cc.siglip_loss(x, x, 5.0, b).item() for b in biases)
+    best = min(cc.siglip_loss(x, x, 5.0, b).mean().item() for b in biases)
     assert cc.chance_loss(cc.Settings("siglip", batch_size=8)) == pytest.approx(best, abs=1e-4)
 
 
@@ -429,7 +429,7 @@ def test_splits_are_disjoint(atlas):
     ranges = [set(range(f, f + n)) for g in cc.FACES for f, n in atlas.rows[g].tolist()]
     assert sum(map(len, ranges)) == len(set().union(*ranges)) == len(atlas.glyphs)  # no bitmap serves two groups
 
-    full = cc.Atlas("cpu")
+    full = cc.Atlas("cpu", cc.Settings(characters=0))
     splits = [set(full.train.tolist()), *(set(m.tolist()) for m in full.validation.values())]
     assert all(splits) and sum(map(len, splits)) == len(set().union(*splits))
     trained = {full.names[i] for i in full.train.tolist()}
@@ -633,7 +633,7 @@ def test_post_training_starts_from_the_finished_model(atlas, tmp_path):
     train(atlas, tmp_path, "clixp", init=finished, lr=0.0, steps=1)
     continued = weights(tmp_path / "clixp.pt")
     assert all(torch.equal(trained[k], continued[k]) for k in trained if "2" not in k.split("_")[-1] and k != "log_tau_ctx")
-    assert continued["log_tau_2"] == trained["log_tau_1"] != pytest.approx(math.log(1 / 0.07), abs=1e-6)
+    assert continued["log_tau_2"] == trained["log_tau_1"] != pytest.approx(math.log(cc.Settings.tau), abs=1e-6)
     for changes in ({"objective": "siglixp"}, {"width": 64}, {"encoder": "vit"}):
         with pytest.raises(cc.UserError, match="encoder, width, image size, vocabulary or kind of loss is not this run's"):
             train(atlas, tmp_path / "other", init=finished, **changes)
@@ -674,7 +674,7 @@ def test_validation_uses_its_own_cards_and_nests_its_supports(atlas, monkeypatch
     monkeypatch.setattr(cc, "draw_cards", lambda *a: drawn.append(a) or draw(*a))
     torch.manual_seed(0)
     model = cc.ContextCLIP(cc.Settings(width=32), atlas.vocabulary).eval()
-    one, two = cc.validate(model, atlas, shots=(1, 4, 16)), cc.validate(model, atlas, shots=(4, 16))
+    one, two = atlas.validate(model, shots=(1, 4, 16)), atlas.validate(model, shots=(4, 16))
     assert {a[2] for a in drawn} == {"validation"}
     assert not {i for a in drawn for i in a[1].tolist()} & set(atlas.train.tolist())
     assert one[4] == two[4] and one[16] == two[16]  # the same episode with and without the 1-shot column
@@ -720,7 +720,7 @@ BAD = {
     "device": (["--device", "toaster"], "--device toaster: there is no such device here"),
     "out": (["--out", "{tmp}/file/runs"], "/file/runs cannot be written: Not a directory"),
     "distortion": (["--distortion", "2"], "--distortion 2.0: it must lie between 0 and 1"),
-    "tau": (["--tau", "1000"], "--tau 1000.0: it must lie between 0 and 100"),
+    "tau": (["--tau", "1000"], "--tau 1000.0: it must lie between 1.0 and 100.0"),
     "init missing": (["--init", "{tmp}/none.pt"], "there is no checkpoint"),
     "init foreign": (["--init", "{tmp}/file"], "file is not a checkpoint of contextclip"),
     "init other version": (["--init", "{tmp}/old.pt"], "old.pt was written by another version of contextclip (contextclip-0"),
@@ -1571,7 +1571,6 @@ def study(tmp_path, monkeypatch):
     spec.loader.exec_module(study)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study, "FIGURES", tmp_path)
-    monkeypatch.setattr(study, "STEPS", 40)
     for name, value in {"steps": 40, "batch_size": 64, "width": 32, "characters": 250}.items():
         index = [f.name for f in dataclasses.fields(cc.Settings)].index(name)
         defaults = list(cc.Settings.__init__.__defaults__)
@@ -1627,7 +1626,7 @@ def test_ablations_post_training_and_tuning(study, monkeypatch, capsys, tmp_path
     assert cc.read_checkpoint(tmp_path / "runs/study/no_mask=True/seed0/clixp.pt")["settings"]["no_mask"]
     run_study(study, monkeypatch, "post", "--seeds", "1")
     start, end = (cc.read_checkpoint(tmp_path / f"runs/study/{p}/seed0/clip.pt")["model"]["log_tau_1"] for p in ("default", "post/steps=2"))
-    assert abs(start - math.log(1 / 0.07)) > 1e-4 and 0 < abs(end - start) < 0.01
+    assert abs(start - math.log(cc.Settings.tau)) > 1e-4 and 0 < abs(end - start) < 0.01
     run_study(study, monkeypatch, "tuning", "--seeds", "1")
     result = cc.read_checkpoint(tmp_path / "runs/study/lr=0.001/seed0/clip.pt")["result"]
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 0.001")]
@@ -1673,7 +1672,7 @@ def test_memory_study_measures_each_size(study, capsys, monkeypatch):
 
 
 def test_cards_of_no_distortion_are_upright_and_clean(atlas):
-    plain = cc.Atlas("cpu", limit=300, distortion=0.0)
+    plain = cc.Atlas("cpu", cc.Settings(characters=300, distortion=0.0))
     characters = atlas.train[:64]
 
     def edges(atlas):  # of the ground, where nothing is drawn
