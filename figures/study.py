@@ -64,7 +64,7 @@ STUDIES = {  # {what is compared: {model: changed settings}}; models of one comp
     "number_share": sweep("number_share", [0.0, 0.25, 0.5, 0.75, 0.9, 1.0]),
     "distortion": sweep("distortion", [0.25, 0.5, 1.0]),
     "steps": sweep("steps", [400, 800, 1600, 3200]),
-    "width": sweep("width", [32, 64, 128]),
+    "width": sweep("width", [32, 64]),
     "tuning": sweep("tau", [3.0, 5.0, 8.0, 14.3]),
     "post": {f"{n} steps": {"base": {"objective": "clip", "steps": n, "lr": 5e-4}, "context": {"steps": n, "lr": 5e-4}}
              for n in (25, 100)},
