@@ -445,12 +445,15 @@ class Atlas:
         self.glyphs = torch.from_numpy(np.stack(glyphs)).to(device)
         self.rows = {group: torch.tensor(row, device=device) for group, row in rows.items()}
 
+        splits = [split_of(c) for c in characters]
+
         def members(split, group):  # those that a typeface of the group draws
-            return [i for c, i in self.index.items() if split_of(c) == split and rows[group][i][1]]
+            return [i for i, s in enumerate(splits) if s == split and rows[group][i][1]]
 
         train = sorted(members("train", "train"), key=lambda i: (" with " in self.names[i], zlib.crc32(self.names[i].encode())))
-        self.train = torch.tensor(train[: settings.characters or None], device=device)
-        self.vocabulary = build_vocabulary([self.names[i] for i in self.train] + NUMERALS + ["number"])
+        train = train[: settings.characters or None]
+        self.train = torch.tensor(train, device=device)
+        self.vocabulary = build_vocabulary([self.names[i] for i in train] + NUMERALS + ["number"])
         self.validation = {}
         for task in ("combinations", *VALIDATION):  # combinations of a letter and a diacritic that are trained apart
             classes = [i for i in members(task, "validation") if task in VALIDATION or self.knows(i)]
