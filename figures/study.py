@@ -1,418 +1,450 @@
-"""The studies of the README: short loops over settings, each one command, one CSV file and one figure in figures/.
+"""The studies of the README: each one command, with a CSV file and a picture in figures/.
 
-    python figures/study.py ablations     the context loss with one part changed, as a Markdown table
-    python figures/study.py number_share  gain against the share of captions that name the card's number
-    python figures/study.py distortion    gain against how hard the cards are to read
-    python figures/study.py steps         gain against the length of the training
-    python figures/study.py width         gain against d
-    python figures/study.py tuning        gain against the start of tau, on the validation tasks
-    python figures/study.py post          a finished base model, continued without and with context
-    python figures/study.py emergence     losses, temperatures, attention, validation during training
-    python figures/study.py attention     which cards of the batch an image attends to
-    python figures/study.py cards         training cards with their captions
-    python figures/study.py profile       where the time of a training step goes
-    python figures/study.py speed         training against the plain PyTorch way, on cards or on --data DIR
-    python figures/study.py memory        memory and time of the loss against B, plain and in blocks
+    python figures/study.py ablations    the context loss with one part changed
+    python figures/study.py alpha        or characters, number_share, steps, width: a sweep of it
+    python figures/study.py tuning       against the start of tau, on the validation tasks
+    python figures/study.py post         a finished base, continued without and with context
+    python figures/study.py frontier     zero-shot against 16-shot in training; minutes.png: time
+    python figures/study.py emergence    losses, temperatures, attention, accuracy in training
+    python figures/study.py attention    which cards an image attends to; where gradients flow
+    python figures/study.py cards        training cards with their captions
+    python figures/study.py real         images of --data DIR [DIR ...], and with plates
+    python figures/study.py profile      where the time of a training step goes
+    python figures/study.py memory       memory and time of the loss against B, and in blocks
 
-Models are kept in runs/study: what is trained already is not trained again, and an interrupted study goes on. `--draw`
-only draws, from the CSV file. Accuracies are those of fewshot.py's 21 tasks, the mean of its six training-free classifiers
-with two draws of images per training seed; intervals are `fewshot.interval`'s.
+Models are kept in runs/study: what is trained is not trained again, an interrupted study goes on.
+Sweeps and ablations report fewshot.py's 21 tasks (of few characters fewer), the mean of its six
+classifiers, with two draws of images per training seed; zero-shot those of known words.
 """
 
 import argparse
 import csv
 import os
-import re
 import sys
 import textwrap
 import time
-from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from dataclasses import replace
+from functools import partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
-from PIL import Image
-from torchvision import transforms
+import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import contextclip as cc  # noqa: E402
 import fewshot as fs  # noqa: E402
 
 FIGURES, RUNS = Path(__file__).resolve().parent, Path("runs/study")
-SHOTS = [1, 4, 16]
-PAPER = {  # of the ablations: zero-shot, 16-shot (ViT-S/16, 1.5 billion examples); its full method has alpha 0.9
-    "full": (50.5, 64.1), "alpha 0.9": (50.5, 64.1), "no self-mask": (50.9, 60.5), "alpha 0.6": (48.7, 61.5),
-    "shared temperature": (47.8, 61.8), "detached values": (43.8, 58.7),
-}  # fmt: skip
-ABLATIONS = {
-    "base": {"objective": "clip"}, "full": {}, "no self-mask": {"no_mask": True}, "alpha 0.6": {"alpha": 0.6},
-    "alpha 0.9": {"alpha": 0.9}, "shared temperature": {"shared_temperature": True},
+DEFAULT = cc.Settings("clixp")
+OBJECTIVES = {"base": "clip", "context": "clixp"}
+SHOTS = {"zero-shot": 0, "1-shot": 1, "4-shot": 4, "16-shot": 16}
+COLORS = ["#D55E00", "#0072B2", "#009E73", "#555555"]
+
+
+def print_rows(rows, path=None):
+    """Print dictionaries of the same keys as a table in Markdown, numbers to one decimal."""
+    for row in (rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)):
+        cells = [cell if isinstance(cell, str) else f"{cell:.1f}" for cell in row]
+        print(f"| {' | '.join(cells)} |")
+
+
+def read_rows(path):
+    """The rows of a CSV file, each {column: text}."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path, rows):
+    """Write dictionaries of the same keys to a CSV file."""
+    cc.write_csv(path, [rows[0].keys(), *(row.values() for row in rows)])
+
+
+def draw_panels(panels, path):
+    """Write a picture, side by side {(name of x, of y): [(label, x, y, error, line, color)]}."""
+    figure = Figure((4.3 * len(panels), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, ((across, up), lines) in zip(axes, panels.items(), strict=True):
+        for label, x, y, error, line, color in lines:
+            axis.errorbar(x, y, error, fmt=line, color=color, label=label, markersize=4, capsize=2)
+        axis.set(xlabel=across, ylabel=up)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=6)
+    fs.save_figure(figure, path)
+
+
+# ---- Training ------------------------------------------------------------------------------------
+@torch.no_grad()
+def attend(model, cards, tau_ctx):
+    """Of a batch, always the same: images, attention (B, B), which pairs of cards share their
+    character, and which others two digits or more."""
+    torch.manual_seed(1)
+    i = torch.arange(DEFAULT.batch_size, device=cards.device)
+    chosen = cards.train[torch.randint_like(i, len(cards.train))]
+    images, numbers = cc.draw_cards(cards, chosen, "train")
+    x = model.encode_image(images, normalize=True)
+    same, others = chosen[:, None] == chosen, i[:, None] != i
+    digits = ((numbers[:, None] == numbers).sum(-1) >= 2) & ~same
+    return images, cc.attention(x, i, x, tau_ctx), same & others, digits
+
+
+def share(weights, kind):
+    """Percent of the attention that falls on a `kind` (B, B), of the rows that have any."""
+    return 100 * (weights * kind).sum(1)[kind.any(1)].mean().item()
+
+
+def train(seed, folder="", init=None, **changes):
+    """Train a model with changes of the default, if it is not there: its checkpoint, its cards.
+    Beside it lies a CSV file of its attention and validation accuracies over training."""
+    settings = replace(DEFAULT, seed=seed, **changes)
+    usual = replace(DEFAULT, objective=settings.objective)
+    changed = [f"{name}={v}" for name, v in changes.items() if v != getattr(usual, name)]
+    path = RUNS / folder / ("-".join(changed) or "default") / f"seed{seed}"
+    path = path / f"{settings.objective}.pt"
+    cards, history = cc.Cards(cc.choose_device(), settings), path.with_suffix(".watched.csv")
+    rows = {row["step"]: row for row in (read_rows(history) if history.exists() else [])}
+
+    def watch(step, model):
+        if step % 200 == 0 or step in (10, 50, 100):
+            _, weights, same, _ = attend(model, cards, model.temperatures()[2])
+            found = {"step": step, "attention": share(weights, same)} | cards.validate(model)
+            rows[str(step)] = found  # a resumed run goes through some steps again
+            write_rows(history, list(rows.values()))
+
+    with cc.make_writable(path.parent):
+        cc.train(settings, cards, path.parent, resume=True, init=init, watch=watch)
+    return path, cards
+
+
+# ---- Ablations and sweeps ------------------------------------------------------------------------
+ABLATIONS = {  # name: changed settings
+    "base": {"objective": "clip"}, "no self-mask": {"no_mask": True}, "alpha 0.6": {"alpha": 0.6},
+    "alpha 0.97": {"alpha": 0.97}, "shared temperature": {"shared_temperature": True},
     "detached values": {"detach_values": True}, "normalised values": {"normalize_values": True},
 }  # fmt: skip
+PAPER = {"no self-mask": " (paper: 50.9, 60.5)", "alpha 0.6": " (paper: 48.7, 61.5)"}
+PAPER |= {"shared temperature": " (paper: 47.8, 61.8)", "detached values": " (paper: 43.8, 58.7)"}
+PAPER |= {"base": " (paper's full method: zero-shot 50.5, 16-shot 64.1)"}
 
-def sweep(name, values):
-    """{value: {model: changed settings}}: a base and a context-aware model for each value of a setting."""
-    return {value: {"base": {"objective": "clip", name: value}, "context": {name: value}} for value in values}
 
-STUDIES = {  # {what is compared: {model: changed settings}}; models of one comparison see the same images
-    "ablations": {"": ABLATIONS},
+def sweep(name, values, **others):
+    """{value: {model: changed settings}}, base and context for each value of a setting."""
+    found = {}
+    for value in values:
+        changes = {name: value} | others
+        base = {} if name == "alpha" else changes  # the plain loss knows no alpha
+        found[str(value)] = {"base": base | {"objective": "clip"}, "context": changes}
+    return found
+
+
+SWEEPS = {  # what is compared: two models that see the same images
+    "ablations": {name: {"full": {}, "changed": changes} for name, changes in ABLATIONS.items()},
+    "alpha": sweep("alpha", [0.6, 0.8, 0.9, 0.97]),
+    "characters": sweep("characters", [60, 125, 250, 0]),
     "number_share": sweep("number_share", [0.0, 0.25, 0.5, 0.75, 0.9, 1.0]),
-    "distortion": sweep("distortion", [0.25, 0.5, 1.0]),
-    "steps": sweep("steps", [400, 800, 1600, 3200]),
-    "width": sweep("width", [32, 64]),
+    "steps": sweep("steps", [400, 800, 1600, 3200, 6400]),
+    "width": sweep("width", [32, 64, 128]),
     "tuning": sweep("tau", [3.0, 5.0, 8.0, 14.3]),
-    "post": {f"{n} steps": {"base": {"objective": "clip", "steps": n, "lr": 5e-4}, "context": {"steps": n, "lr": 5e-4}}
-             for n in (25, 100)},
+    "post": sweep("steps", [25, 100, 400], lr=5e-4),
 }
 
-@cache
-def atlas_of(characters=cc.Settings.characters, distortion=cc.Settings.distortion, number_share=1.0):
-    settings = cc.Settings(characters=characters, distortion=distortion, number_share=number_share)
-    return cc.Atlas(cc.choose_device(), settings)
 
-def trained(seed, init=None, folder="", **changes):
-    """The checkpoint of a model with these settings, the rest as by default, trained if it is not there yet."""
-    settings = cc.Settings(**{"objective": "clixp", "seed": seed} | changes)
-    usual = cc.Settings(settings.objective)
-    differences = [f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in changes.items() if v != getattr(usual, k)]
-    out = RUNS / folder / ("-".join(differences) or "default") / f"seed{seed}"
-    cc.make_writable(out)
-    atlas = atlas_of(settings.characters, settings.distortion, settings.number_share)
-    cc.train(settings, atlas, out, resume=True, init=init and cc.read_checkpoint(init))
-    return out / f"{settings.objective}.pt"
+def evaluate(models, cards, seed):
+    """{(model, task, shots): accuracies} on the 21 tasks."""
+    tasks, validation = fs.card_tasks(cards), fs.validation_tasks(cards)
+    methods, draws, found = ["zero-shot", *fs.SIX], (2 * seed, 2 * seed + 1), {}
+    rows, _ = fs.evaluate(models, tasks, validation, methods, [1, 4, 16], draws, queries=16)
+    for model, task, _, _, k, _, accuracy in rows:
+        found.setdefault((model, task, k), []).append(accuracy)
+    return found
 
-def measure(study, seeds):
-    """Train and evaluate all models of a study; rows (comparison, model, seed, task, group, shots, accuracy), zero-shot with
-    0 shots. Settings are tuned on the validation tasks, with prototypes; all else is reported on the 21 tasks, with the mean
-    of the six classifiers."""
-    for (name, models), seed in product(STUDIES[study].items(), range(seeds)):
-        more = {"init": trained(seed, objective="clip"), "folder": "post"} if study == "post" else {}
-        paths = {model: trained(seed, **more, **changes) for model, changes in models.items()}
-        found = defaultdict(list)
-        if study == "tuning":
-            for model, path in paths.items():
-                result = cc.read_checkpoint(path)["result"]
-                found[name, model, seed, "combinations", "combined", 0].append(result["zero-shot"])
-                for task, shots in product(result["tasks"], SHOTS):
-                    found[name, model, seed, task, "validation", shots].append(result["tasks"][task][shots])
-        else:
-            loaded = {model: cc.load(path) for model, path in paths.items()}
-            settings = next(iter(loaded.values())).settings
-            atlas, methods = atlas_of(settings.characters, settings.distortion, settings.number_share), ["zero-shot", *fs.SIX]
-            rows, _ = fs.evaluate(loaded, fs.card_tasks(atlas), fs.validation_tasks(atlas), methods, SHOTS, range(2), 12)
-            for model, task, group, _, shots, _, accuracy in rows:
-                found[name, model, seed, task, group, shots].append(accuracy)
-        yield from ((*key, round(sum(values) / len(values), 3)) for key, values in found.items())
 
-def tables(rows):
-    """{(comparison, model, shots): accuracies (tasks, seeds)} of `measure`'s rows; zero-shot leaves the unseen tasks out,
-    whose captions have words never trained."""
-    cells = defaultdict(lambda: defaultdict(list))
-    for name, model, _, task, group, shots, accuracy in rows:
-        if shots != "0" or group != "unseen":
-            cells[name, model, int(shots)][task].append(float(accuracy))
-    return {key: np.array(list(tasks.values())) for key, tasks in cells.items()}
+def measure_sweep(study, args):
+    """Train and evaluate the models: rows of mean accuracies, a task each."""
+    for (of, changes), seed in product(SWEEPS[study].items(), range(args.seeds)):
+        more, models, found = {}, {}, {}
+        if study == "post":
+            base, _ = train(seed, objective="clip")
+            more = {"folder": "post", "init": cc.read_checkpoint(base)}
+        for model, change in changes.items():
+            path, cards = train(seed, **more, **change)
+            models[model] = cc.load(path, cards.device)
+            result = cc.read_checkpoint(path)["result"]
+            found |= {(model, "all", k): result.get(name) for name, k in SHOTS.items()}
+        if study != "tuning":
+            found = evaluate(models, cards, seed)
+        for (model, task, k), values in found.items():
+            row = {"of": of, "model": model, "seed": seed, "task": task, "shots": k}
+            yield row | {"accuracy": round(np.mean(values), 3)}
 
-def write_ablations(rows, path):
-    """Print the table in Markdown."""
-    table = tables(rows)
-    print("| model | paper: zero-shot | 16-shot | here: zero-shot | 16-shot | 16-shot less full |\n" + "|---" * 6 + "|")
-    for model in ABLATIONS:
-        paper = [f"{value:.1f}" for value in PAPER.get(model, ())] or ["", ""]
-        here = [f"{table['', model, shots].mean():.1f}" for shots in (0, 16)]
-        gain, width = fs.interval(table["", model, 16] - table["", "full", 16])
-        print(f"| {' | '.join([model, *paper, *here])} |", "|" if model == "full" else f" {gain:+.1f} ± {width:.1f} |", sep="")
 
-def draw_sweep(rows, path):
-    """Print a table of both models and the gain of context for each value of a setting, and draw them."""
-    table = tables(rows)
-    names, every = list(dict.fromkeys(key[0] for key in table)), [0, *SHOTS]
-
-    def gain(name, shots):
-        return fs.interval(table[name, "context", shots] - table[name, "base", shots])
-
-    print(f"| {path.stem} | base: " + " | ".join(["zero-shot", *(f"{k}-shot" for k in SHOTS)]) + " | context - base: "
-          + " | ".join(["zero-shot", *(f"{k}-shot" for k in SHOTS)]) + " |\n" + "|---" * 9 + "|")  # fmt: skip
-    for name in names:
-        base = [f"{table[name, 'base', k].mean():.1f}" for k in every]
-        print(f"| {' | '.join([name, *base, *('{:+.1f} ± {:.1f}'.format(*gain(name, k)).replace(' ± nan', '') for k in every)])} |")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
-    for i, (shots, color) in enumerate(zip(every, ["#555555", "#0072B2", "#E69F00", "#D55E00"])):
-        label = f"{shots}-shot" if shots else "zero-shot"
-        for model, line in (("base", "o--"), ("context", "s-")):
-            values = [table[name, model, shots].mean() for name in names]
-            left.plot(range(len(names)), values, line, color=color, markersize=4, label=model if shots == SHOTS[-1] else None)
-        mean, width = np.nan_to_num(np.array([gain(name, shots) for name in names])).T
-        place = np.arange(len(names)) + 0.06 * (i - 1.5)
-        right.errorbar(place, mean, width, color=color, marker="s", markersize=4, capsize=2, label=label)
-    for axis, text in ((left, "accuracy in %"), (right, "context - base, points")):
-        axis.set_xticks(range(len(names)), names)
-        axis.set(xlabel={"tuning": "start of tau", "post": "post-training"}.get(path.stem, path.stem.replace("_", " ")), ylabel=text)
-        axis.grid(alpha=0.3)
-    right.axhline(0, color="black", linewidth=0.8)
-    left.set_ylim(0)
-    left.legend(fontsize=7, loc="lower right", handlelength=4)
-    right.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-
-# ---- During training ------------------------------------------------------------------------------------------------
-
-EMERGENCE = "model seed step plain_loss context_loss tau_1 tau_2 tau_ctx_sqrt_d attention_same 1-shot 4-shot 16-shot".split()
-
-def same_character(atlas, batch, seed=1):
-    """Cards of a training batch (B, 1, 32, 32), their characters (B,) and whether two share theirs (B, B), self left out."""
-    generator = torch.Generator(atlas.device).manual_seed(seed)
-    characters = atlas.train[torch.randint(len(atlas.train), (batch,), device=atlas.device, generator=generator)]
-    images, numbers = cc.draw_cards(atlas, characters, "train", generator)
-    same = (characters[:, None] == characters).fill_diagonal_(False)
-    return images, numbers, same
-
-def watch_emergence(seeds):
-    """Train both models, always anew; rows of EMERGENCE every 40 steps. Losses are means over the last ten batches;
-    attention_same is the share of an image's attention, on one batch, that falls on cards of its own character."""
-    atlas = atlas_of()
-    images, _, same = same_character(atlas, cc.Settings.batch_size)
-    for settings in [cc.Settings(objective, seed=seed) for objective in ("clip", "clixp") for seed in range(seeds)]:
-        seen, out = {}, RUNS / "emergence" / f"seed{settings.seed}"
-
-        @torch.no_grad()
-        def watch(step, model):
-            if step % 40 == 0:
-                weights = cc.attention(model.encode_image(images, normalize=True), model.log_tau_ctx.exp())
-                found = atlas.validate(model)
-                seen[step] = [(weights * same).sum(1)[same.any(1)].mean().item(), *(found[shots] for shots in SHOTS)]
-
-        cc.make_writable(out)
-        cc.train(settings, atlas, out, watch=watch)
-        with open(out / f"{settings.objective}.csv") as file:
-            log = {int(row["step"]): row for row in csv.DictReader(file)}
-        for step, values in seen.items():
-            logged = [log[step][column] for column in EMERGENCE[3:8]]
-            yield settings.objective, settings.seed, step, *(f"{float(value):.4f}" for value in [*logged, *values])
-
-def draw_emergence(rows, path):
-    """Four panels over training steps: losses, temperatures, attention, few-shot accuracy; means over seeds."""
-    data = defaultdict(lambda: defaultdict(list))  # {(model, column): {step: values}}
+def show_sweep(rows, path):
+    """Print and draw accuracies of both models and their difference, for each value."""
+    cells, names = {}, list(dict.fromkeys(row["model"] for row in rows))
     for row in rows:
-        for column, value in zip(EMERGENCE[3:], row[3:]):
-            data[row[0], column][int(row[2])].append(float(value))
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
-    panels = [("loss in nats", ["plain_loss", "context_loss"]), ("temperature / its start", ["tau_1", "tau_2", "tau_ctx_sqrt_d"]),
-              ("attention on the same character, %", ["attention_same"]), ("validation accuracy, %", ["1-shot", "4-shot", "16-shot"])]  # fmt: skip
-    start = {"tau_1": cc.Settings.tau, "tau_2": cc.Settings.tau, "tau_ctx_sqrt_d": cc.Settings.tau_ctx, "attention_same": 0.01}
-    for axis, (title, columns) in zip(axes, panels):
-        for column, color in zip(columns, ["#0072B2", "#D55E00", "#009E73"]):
-            for model, line in (("clip", "--"), ("clixp", "-")):
-                if model == "clip" and column in ("context_loss", "tau_2", "tau_ctx_sqrt_d"):
-                    continue  # it has none
-                steps, values = zip(*((step, np.mean(v) / start.get(column, 1)) for step, v in data[model, column].items()))
-                axis.plot(steps, values, line, color=color, label=f"{column}, {model}".replace("_", " "))
-        axis.set(xlabel="step", ylabel=title)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, **({"loc": "lower right", "ncols": 2} if axis is axes[3] else {}))
-    axes[0].set_yscale("log")
-    axes[3].set_ylim(0)
-    figure.savefig(path, dpi=110)
-
-# ---- Pictures -------------------------------------------------------------------------------------------------------
-
-def draw_attention(path, queries=5, most=6):
-    """A few cards and those that they attend to most, with the weights, by the base and by the context-aware model, both at
-    the latter's tau_ctx. Green: the same character; orange: two or more digits in the same place."""
-    models = [cc.load(trained(0, objective=objective)) for objective in ("clip", "clixp")]
-    atlas = atlas_of()
-    images, numbers, same = same_character(atlas, cc.Settings.batch_size)
-    digits = (numbers[:, None] == numbers).sum(-1) >= 2
-    chosen = same.any(1).nonzero()[:queries, 0].tolist()
-    figure, axes = plt.subplots(queries, 2 * most + 2, figsize=(2 * most + 2, 1.2 * queries), layout="constrained")
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for side, (model, title) in enumerate(zip(models, ("base", "context"))):
-        weights = cc.attention(model.encode_image(images, normalize=True), models[1].log_tau_ctx.exp())
-        print(f"{title}: {100 * (weights * same).sum(1)[same.any(1)].mean():.1f} % of the attention on the same character, "
-              f"{100 * (weights * digits * ~same).sum(1).mean():.1f} % on others with two digits in common "
-              f"(uniform: {100 * same[same.any(1)].float().mean():.1f}, {100 * (digits * ~same).float().mean():.1f})")  # fmt: skip
-        for row, query in enumerate(chosen):
-            top = weights[query].topk(most)
-            for column, (weight, i) in enumerate(zip([None, *top.values.tolist()], [query, *top.indices.tolist()])):
-                axis = axes[row, side * (most + 1) + column]
-                axis.set_axis_on()
-                axis.set(xticks=[], yticks=[])
-                axis.imshow(images[i, 0].numpy(force=True), cmap="gray", vmin=0, vmax=1)
-                axis.set_title(f"{title}: query" if weight is None else f"{100 * weight:.1f} %", fontsize=8)
-                color = "black" if weight is None else "#009E73" if same[query, i] else "#E69F00" if digits[query, i] else None
-                for spine in axis.spines.values():
-                    spine.set(color=color or "lightgrey", linewidth=3 if color else 1)
-    figure.savefig(path, dpi=100)
-
-def draw_cards(path, rows=3, columns=6):
-    """Training cards with their captions."""
-    atlas = atlas_of()
-    generator = torch.Generator(atlas.device).manual_seed(0)
-    images, tokens = atlas.draw_batch(cc.Settings(batch_size=rows * columns), generator)
-    words = list(atlas.vocabulary)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.3 * rows), layout="constrained")
-    for axis, image, row in zip(axes.flat, images.cpu(), tokens.tolist()):
-        axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
-        caption = " ".join(words[token] for token in row if token).replace(" number", ", number")
-        axis.set_title(textwrap.fill(caption, 25), fontsize=8)
-        axis.axis("off")
-    figure.savefig(path, dpi=110)
-
-def profile():
-    """Print how a training step's time divides: medians in milliseconds of the full step, of the encoders alone (forward
-    and backward on fixed tensors), of drawing the cards, and of the loss (forward and backward)."""
-    from torch.utils.benchmark import Timer  # here, for it looks for compilers, and says so
-
-    settings = cc.Settings("clixp")
-    atlas = atlas_of(settings.characters, settings.distortion, settings.number_share)
-    device, generator = atlas.device, torch.Generator(atlas.device).manual_seed(0)
-    model = cc.ContextCLIP(settings, atlas.vocabulary).to(device, memory_format=torch.channels_last)
-    optimizer, bf16 = cc.make_optimizer(model, settings), cc.use_bf16(settings, device)
-    batch = atlas.draw_batch(settings, generator)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    v, t = (torch.randn(settings.batch_size, settings.width, device=device, requires_grad=True) for _ in "vt")
-    parts = {
-        "full step": "cc.training_step(model, model, optimizer, *atlas.draw_batch(settings, generator), 0.0, bf16)",
-        "encoders": "with autocast: out = model(*batch)\ntorch.autograd.backward(out, [torch.ones_like(o) for o in out])",
-        "cards": "atlas.draw_batch(settings, generator)",
-        "loss": "cc.lixp_loss(v, t, model, settings)[0].backward()",
-    }
-    scope, threads = globals() | locals(), torch.get_num_threads()
-    timers = [Timer(code, globals=scope, num_threads=threads) for code in parts.values()]
-    rounds = [[1000 * timer.timeit(2).median for timer in timers] for _ in range(8)]  # in turn: machines drift
-    medians = np.median(rounds, axis=0)
-    for name, median in zip(parts, medians):
-        print(f"{name:9}{median:9.1f} ms{median / medians[0]:6.0%}")
-
-class Files(torch.utils.data.Dataset):
-    """The plain PyTorch way: every image is opened and cropped by Pillow each time that it comes. Yields image, tokens."""
-
-    def __init__(self, rows, vocabulary, size):
-        self.paths, captions, _ = zip(*rows)
-        self.words = cc.tokenize(captions, vocabulary)
-        crop = transforms.RandomResizedCrop(size, scale=(0.5, 1.0))
-        self.fit = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor()])
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        with Image.open(self.paths[i]) as image:
-            return self.fit(image.convert("RGB")), self.words[i]
-
-def time_against_plain(folder, steps=20, rounds=3):
-    """Print the images per second of --data's training steps and of the plain way, by turns: the same model, losses and
-    optimiser, images from a DataLoader with a worker per core, float32. Without a folder, 2,048 cards are written as one."""
-    if not folder:
-        folder, atlas = RUNS / "cards", atlas_of()
-        cc.make_writable(folder)
-        images, words = atlas.draw_batch(cc.Settings(batch_size=2048), torch.Generator(atlas.device).manual_seed(0))
-        spelled = list(atlas.vocabulary)
-        for i, (image, caption) in enumerate(zip((255 * images.clamp(0, 1)).byte().cpu().numpy(), words.tolist())):
-            Image.fromarray(image[0]).save(folder / f"{i}.png")
-            (folder / f"{i}.txt").write_text(" ".join(spelled[word] for word in caption if word))
-    settings = cc.Settings("clixp", data=str(folder), image_size=64 if (Path(folder) / "captions.txt").exists() else 32)
-    photos = cc.Photos(cc.choose_device(), settings)
-    device, generator = photos.device, torch.Generator(photos.train.device).manual_seed(0)
-    files = Files(cc.read_captions(Path(folder))[0], photos.vocabulary, settings.image_size)
-    loader = torch.utils.data.DataLoader(files, settings.batch_size, shuffle=True, drop_last=True, num_workers=os.cpu_count(),
-                                         persistent_workers=True, pin_memory=device.type == "cuda")  # fmt: skip
-
-    def of_files():
-        while True:
-            yield from ((images.to(device), words.to(device)) for images, words in loader)
-
-    def of_photos():
-        while True:
-            yield photos.draw_batch(settings, generator)
-
-    ways = {"plain": (of_files(), False), "ours": (of_photos(), cc.use_bf16(settings, device))}
-    models = {way: cc.ContextCLIP(settings, photos.vocabulary).to(device, memory_format=torch.channels_last) for way in ways}
-    optimizers, found = {way: cc.make_optimizer(model, settings) for way, model in models.items()}, defaultdict(list)
-    for _, (way, (batches, bf16)) in product(range(rounds + 1), ways.items()):  # the first round warms up
-        start = time.perf_counter()
-        for _ in range(steps):
-            losses = cc.training_step(models[way], models[way], optimizers[way], *next(batches), 0.0, bf16)
-        float(losses[0])  # waits for the GPU
-        found[way].append(steps * settings.batch_size / (time.perf_counter() - start))
-    plain, ours = (np.array(found[way][1:]) for way in ways)
-    print(f"{device}, images/s: plain {plain.mean():,.0f}, ours {ours.mean():,.0f}; ratio, round by round: "
-          + ", ".join(f"{ratio:.2f}" for ratio in ours / plain))  # fmt: skip
-
-def loss_memory(B, chunk):
-    """(MiB that the loss and its gradient add to a process's or the GPU's peak, median seconds of three)."""
-    device, settings = cc.choose_device(), cc.Settings("clixp", batch_size=B, chunk=chunk)
-    model = cc.ContextCLIP(settings, ["a"]).to(device)
-    v, t = (torch.randn(B, settings.width, device=device, requires_grad=True) for _ in "vt")
-    cuda, seconds = device.type == "cuda", []
-
-    def peak():  # of this process alone, as Linux counts it; getrusage starts from the peak of the process that started it
-        if cuda:
-            return torch.cuda.max_memory_allocated() / 2**20
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
-
-    cc.lixp_loss(v[:64], t[:64], model, settings)[0].backward()
-    before = peak()
-    for _ in range(3):
-        start = time.perf_counter()
-        cc.lixp_loss(v, t, model, settings)[0].backward()
-        float(v.grad.sum())  # waits for the GPU
-        seconds.append(time.perf_counter() - start)
-    return peak() - before, sorted(seconds)[1]
-
-def tabulate_memory(sizes=(1024, 2048, 4096, 8192), chunk=512):
-    """Print the table in Markdown: every measurement has a process of its own. Memory is counted where malloc gives all that
-    is freed back to the system (by this variable of glibc), time is taken where it keeps some, as usual."""
-    print(f"| B | plain: MiB | seconds | --chunk {chunk}: MiB | seconds | memory | time |\n" + "|---" * 7 + "|")
-    for B in sizes:
+        tasks = cells.setdefault(row["of"], {}).setdefault((row["shots"], row["model"]), {})
+        tasks.setdefault(row["task"], []).append(float(row["accuracy"]))
+    lines = [{path.stem: of + PAPER.get(of, "")} for of in cells]
+    left, right = [], []
+    for (shots, k), color in zip(SHOTS.items(), COLORS, strict=True):
         found = []
-        for rows in (0, chunk):
-            for i, threshold in enumerate(("65536", "")):
-                os.environ["MALLOC_MMAP_THRESHOLD_"] = threshold
-                with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                    found.append(pool.submit(loss_memory, B, rows).result()[i])
-        print(f"| {B:,} | {found[0]:,.0f} | {found[1]:.2f} | {found[2]:,.0f} | {found[3]:.2f} | "
-              f"1/{found[0] / found[2]:.1f} | x {found[3] / found[1]:.2f} |", flush=True)  # fmt: skip
+        for line, table in zip(lines, cells.values(), strict=True):
+            first, second = (np.array(list(table[str(k), name].values())) for name in names)
+            mean, width = fs.interval(second - first)
+            found.append((first.mean(), second.mean(), mean, width))
+            gain = f"{mean:+.1f} ± {width:.1f}".removesuffix(" ± nan")
+            line[f"{shots}: {', '.join(names)}"] = f"{found[-1][0]:.1f}, {found[-1][1]:.1f}, {gain}"
+        first, second, *gains = np.nan_to_num(found).T
+        x = [of.replace(" ", "\n") for of in cells]
+        left.append((f"{shots}, {names[0]}", x, first, None, "o--", color))
+        left.append((f"{shots}, {names[1]}", x, second, None, "s-", color))
+        right.append((shots, x, *gains, "s-", color))
+    print_rows(lines)
+    draw_panels({(path.stem, "%"): left, (path.stem, " - ".join(names[::-1])): right}, path)
 
-def main():
-    parser = argparse.ArgumentParser(description="The studies of the README; see the top of the file.")
-    parser.error = lambda message: cc.fail(message, "study")
-    parser.add_argument("study", choices=[*STUDIES, "emergence", "attention", "cards", "profile", "speed", "memory"])
-    parser.add_argument("--data", help="of speed: a folder of photographs and captions, instead of cards")
-    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 11), metavar="N", help="training seeds (%(default)s)")
+
+# ---- During training -----------------------------------------------------------------------------
+TAUS = {"3.0": ":", "5.0": "-", "14.3": "--"}
+PANELS = {
+    "loss in nats": ["plain_loss", "context_loss"],
+    "temperature / that at the first point": ["tau_1", "tau_2", "tau_ctx sqrt(d)"],
+    "attention on the same character, %": ["attention"],
+    "validation accuracy, %": list(SHOTS),
+}
+
+
+def measure_history(taus, args):
+    """Train from these starts of tau: rows of watched steps, seconds their share of the whole."""
+    for tau, (model, objective), seed in product(taus, OBJECTIVES.items(), range(args.seeds)):
+        path, _ = train(seed, objective=objective, tau=float(tau))
+        content = cc.read_checkpoint(path)
+        log = {line[0]: dict(zip(cc.COLUMNS, line, strict=True)) for line in content["log"]}
+        for row in read_rows(path.with_suffix(".watched.csv")):
+            row = {"model": model, "tau": tau, "seed": seed} | log[int(row["step"])] | row
+            row["tau_ctx sqrt(d)"] = row["tau_ctx"] * DEFAULT.width**0.5
+            yield row | {"seconds": content["seconds"] * int(row["step"]) / DEFAULT.steps}
+
+
+def curves(rows, columns, model, tau=str(DEFAULT.tau)):
+    """Means over seeds (columns, steps) of a model."""
+    steps = {}
+    for row in rows:
+        if row["model"] == model and row["tau"] == tau:
+            steps.setdefault(row["step"], []).append([float(row[column]) for column in columns])
+    return np.mean(list(steps.values()), axis=1).T
+
+
+def show_frontier(rows, path):
+    """Print the best 16-shot points and the ends; draw the ways there, and accuracy by seconds."""
+    lines, paths = [], []
+    minutes = {("seconds of training", f"{name}, %"): [] for name in ("zero-shot", "16-shot")}
+    for (tau, style), (i, model) in product(TAUS.items(), enumerate(OBJECTIVES)):
+        seconds, *points = curves(rows, ["seconds", "step", "zero-shot", "16-shot"], model, tau)
+        for name, place in (("best 16-shot", points[2].argmax()), ("end", -1)):
+            step, *accuracies = (values[place] for values in points)
+            line = {"start of tau": tau, "model": model, "point": name, "step": f"{step:.0f}"}
+            lines.append(line | {"zero-shot": accuracies[0], "16-shot": accuracies[1]})
+        paths.append((f"{model}, tau from {tau}", *points[1:], None, style, COLORS[i]))
+        paths.append((None, *accuracies, None, "o", COLORS[i]))
+        if tau == str(DEFAULT.tau):
+            for panel, values in zip(minutes.values(), points[1:], strict=True):
+                panel.append((model, seconds, values, None, "-", COLORS[i]))
+    print_rows(lines)
+    draw_panels({("zero-shot, %", "16-shot, %"): paths}, path)
+    draw_panels(minutes, path.with_name("minutes.png"))
+
+
+def show_emergence(rows, path):
+    """Print the ends and draw four panels over training steps."""
+    panels, ends = {}, {model: {"end": model} for model in OBJECTIVES}
+    for title, columns in PANELS.items():
+        panels["step", title] = lines = []
+        for (i, column), model in product(enumerate(columns), OBJECTIVES):
+            steps, values = curves(rows, ["step", column], model)
+            ends[model][column] = f"{values[-1]:.2f}"
+            line = "-" if model == "context" else "--"
+            if "temperature" in title:
+                values = values / values[0]
+            if np.ptp(values) > 1e-6:  # the base has no context loss, nor trains its temperatures
+                lines.append((f"{column}, {model}", steps, values, None, line, COLORS[i]))
+    print_rows(list(ends.values()))
+    draw_panels(panels, path)
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
+def draw_grid(cells, size, path):
+    """Write a picture of rows of cells (image (1, S, S), title, color of a frame)."""
+    figure = Figure((size[0] * len(cells[0]), size[1] * len(cells)), layout="constrained")
+    axes = figure.subplots(len(cells), len(cells[0]), squeeze=False).flat
+    for axis, (image, title, color) in zip(axes, sum(cells, []), strict=True):
+        axis.imshow(image[0].numpy(force=True), cmap="gray", vmin=0, vmax=1)
+        axis.set_title(title, fontsize=8)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set(color=color, linewidth=3)
+    fs.save_figure(figure, path)
+
+
+def split_gradient(model, cards):
+    """Of the context loss's gradient to raw images' embeddings, the parts through the values and
+    through queries and keys: squared norms in percent of the sum's, and the cosine between them."""
+    torch.manual_seed(1)
+    images, tokens = cards.draw_batch(DEFAULT, 0)
+    t, v = model.encode_text(tokens, normalize=True), model.encode_image(images)
+    values, others = v.clone().requires_grad_(), v.clone().requires_grad_()
+    x, i = F.normalize(others, dim=1), torch.arange(len(t), device=t.device)
+    _, tau_2, tau_ctx, *_ = model.temperatures()
+    x_ctx = F.normalize(cc.contextualize(x, i, x, values, tau_ctx), dim=1)
+    loss = cc.clip_loss(x_ctx, t, i, x_ctx, t, tau_2).mean()
+    first, second = (g.flatten() for g in torch.autograd.grad(loss, (values, others)))
+    shares = [(100 * g @ g / (first + second).square().sum()).item() for g in (first, second)]
+    cosine = f"{F.cosine_similarity(first, second, dim=0):.2f}"
+    return {"through values, %": shares[0], "queries and keys, %": shares[1], "cosine": cosine}
+
+
+def draw_attention(args, path):
+    """Cards and the six that each attends to most, by base and context at the latter's tau_ctx:
+    green the same character, orange two digits in common; print shares and gradients."""
+    found = {name: train(0, objective=objective) for name, objective in OBJECTIVES.items()}
+    models = {name: cc.load(path, cards.device) for name, (path, cards) in found.items()}
+    cards, rows = found["base"][1], []
+    tau_1, tau_2, tau_ctx, *_ = models["context"].temperatures().tolist()
+    cells = [[] for _ in range(5)]
+    for name, model in models.items():
+        images, weights, same, digits = attend(model, cards, tau_ctx)
+        for kind, there in (("the same character", same), ("two digits in common", digits)):
+            rows.append({"model": name, "attention to": kind, "%": share(weights, there)})
+        for row, query in zip(cells, same.any(1).nonzero()[:, 0].tolist(), strict=False):
+            row.append((images[query], name, "black"))
+            for i in weights[query].topk(6).indices.tolist():
+                color = COLORS[2] if same[query, i] else "#E69F00" if digits[query, i] else "white"
+                row.append((images[i], f"{100 * weights[query, i]:.1f} %", color))
+    print_rows(rows)
+    print_rows([split_gradient(models["context"], cards) | {"tau_1": tau_1, "tau_2": tau_2}])
+    draw_grid(cells, (1, 1.2), path)
+
+
+def draw_cards(args, path):
+    """18 training cards with their captions."""
+    cards, cells = cc.Cards(cc.choose_device(), DEFAULT), []
+    torch.manual_seed(0)
+    images, tokens = cards.draw_batch(replace(DEFAULT, batch_size=18), 0)
+    words = list(cards.vocabulary)
+    for image, row in zip(images, tokens.tolist(), strict=True):
+        text = " ".join(words[token] for token in row if token).replace(" number", ", number")
+        cells.append((image, textwrap.fill(text, 25), "white"))
+    draw_grid([cells[:6], cells[6:12], cells[12:]], (1.9, 2.3), path)
+
+
+def draw_real(args, path):
+    """Images of your own, a row per set: as they are, and with plates."""
+    cards, fit, cells = cc.Cards("cpu", DEFAULT), cc.preprocess(DEFAULT), []
+    for source in args.data or []:
+        dataset = fs.open_dataset(source, Path("runs/data"))
+        with cc.blame(f"--data {source}"):
+            places = np.linspace(0, len(dataset) - 1, 6).astype(int).tolist()
+            images = torch.stack([fit(dataset[i][0]) for i in places])
+        torch.manual_seed(0)
+        images = [*images, *fs.with_plates(images, cards)]
+        cells.append([(image, Path(source).name, "white") for image in images])
+    if not cells:
+        raise cc.UserError("real: it needs --data, folders of a folder per class")
+    draw_grid(cells, (1, 1.2), path)
+
+
+# ---- Time and memory -----------------------------------------------------------------------------
+def by_turns(parts, rounds):
+    """{name: median seconds} of functions called by turns, for machines drift, once to warm up."""
+    found = {name: [] for name in parts}
+    for _, (name, part) in product(range(rounds + 1), parts.items()):
+        start = time.perf_counter()
+        part()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        found[name].append(time.perf_counter() - start)
+    return {name: np.median(seconds[1:]) for name, seconds in found.items()}
+
+
+def make_loss(settings):
+    """A function that computes the loss of random embeddings, and its gradient."""
+    model = cc.ContextCLIP(settings, ["a"]).to(cc.choose_device())
+    like = torch.empty(settings.batch_size, settings.width, device=model.b.device)
+    v, t = (torch.randn_like(like, requires_grad=True) for _ in range(2))
+    return lambda: cc.lixp_loss(v, t, model, settings)[0].backward()
+
+
+def measure_profile(args):
+    """A row per part of a training step; encoders and loss are forward and backward."""
+    cards = cc.Cards(cc.choose_device(), DEFAULT)
+    batches = iter(partial(cards.draw_batch, DEFAULT, 0), None)
+    model, _, optimizer = cc.start(DEFAULT, cards, None, None, False)
+    images, tokens = next(batches)
+    parts = {
+        "before optimizer": lambda: model(*next(batches))[0].backward(),
+        "optimizer": optimizer.step,
+        "image encoder": lambda: model.encode_image(images).sum().backward(),
+        "text encoder": lambda: model.encode_text(tokens).sum().backward(),
+        "cards": lambda: next(batches),
+        "loss": make_loss(DEFAULT),
+    }
+    seconds = by_turns(parts, 20)
+    seconds["both encoders"] = seconds["image encoder"] + seconds["text encoder"]
+    seconds["full step"] = whole = seconds["before optimizer"] + seconds["optimizer"]
+    for name, median in seconds.items():
+        yield {"part": name, "ms": f"{1000 * median:.1f}", "%": f"{100 * median / whole:.0f}"}
+
+
+def measure_loss(settings):
+    """MiB that the loss and its gradient add to the GPU's or this process's peak, and seconds."""
+
+    def peak():  # not getrusage's, which begins with the peak of the process that started this one
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated() / 2**20
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+
+    make_loss(replace(settings, batch_size=64))()
+    loss, before = make_loss(settings), peak()
+    seconds = by_turns({"loss": loss}, 3)["loss"]
+    return {"MiB": f"{peak() - before:.0f}", "seconds": f"{seconds:.3f}"}
+
+
+def measure_memory(args):
+    """Rows by batch and blocks, each of a process where glibc's malloc returns what is freed."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    for B, chunk in product((1024, 2048, 4096, 8192), (0, 512)):
+        with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+            found = pool.apply(measure_loss, [replace(DEFAULT, batch_size=B, chunk=chunk)])
+        yield {"B": str(B), "chunk": str(chunk)} | found
+
+
+# ---- The command line ----------------------------------------------------------------------------
+PICTURES = {"attention": draw_attention, "cards": draw_cards, "real": draw_real}
+STUDIES = {study: (partial(measure_sweep, study), show_sweep) for study in SWEEPS}
+STUDIES["frontier"] = (partial(measure_history, TAUS), show_frontier)
+STUDIES["emergence"] = (partial(measure_history, [str(DEFAULT.tau)]), show_emergence)
+STUDIES["profile"] = (measure_profile, print_rows)
+STUDIES["memory"] = (measure_memory, print_rows)
+
+
+@cc.errors_in_one_line("study")
+def main(arguments=None):
+    """Measure, draw and print one study."""
+    parser = argparse.ArgumentParser("study", argparse.SUPPRESS, __doc__.splitlines()[0])
+    parser.add_argument("study", choices=[*STUDIES, *PICTURES])
+    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 11), metavar="N")
     parser.add_argument("--draw", action="store_true", help="only draw, from the CSV file")
-    args = parser.parse_args()
+    parser.add_argument("--data", nargs="+", help="of real: folders of images")
+    args = parser.parse_args(arguments)
     path = FIGURES / f"{args.study}.png"
-    try:
-        if args.study == "attention":
-            return draw_attention(path)
-        if args.study == "cards":
-            return draw_cards(path)
-        if args.study == "profile":
-            return profile()
-        if args.study == "speed":
-            return time_against_plain(args.data)
-        if args.study == "memory":
-            return tabulate_memory()
-        data = path.with_suffix(".csv")
-        if not args.draw:
-            emergence = args.study == "emergence"
-            rows = list(watch_emergence(args.seeds) if emergence else measure(args.study, args.seeds))
-            with open(data, "w", newline="") as file:
-                csv.writer(file).writerows([EMERGENCE if emergence else "of model seed task group shots accuracy".split(), *rows])
-        with open(data, newline="") as file:
-            rows = list(csv.reader(file))[1:]
-        {"ablations": write_ablations, "emergence": draw_emergence}.get(args.study, draw_sweep)(rows, path)
-    except cc.UserError as error:
-        cc.fail(error, "study")
-    except OSError as error:
-        cc.fail(f"{error.filename}: {error.strerror}", "study")
+    if args.study in PICTURES:
+        return PICTURES[args.study](args, path)
+    measure, show = STUDIES[args.study]
+    if not args.draw:
+        write_rows(path.with_suffix(".csv"), list(measure(args)))
+    show(read_rows(path.with_suffix(".csv")), path)
+
 
 if __name__ == "__main__":
     main()
