@@ -52,7 +52,7 @@ class UserError(ValueError):
 class Settings:
     """All that decides what a run computes; every field is a flag, the comment its help."""
 
-    objective: str = "clip"  # clip, siglip, or with context clixp, siglixp; several: clip,clixp
+    objective: str = "clip"  # clip, siglip, or with context clixp, siglixp
     data: str = ""  # your own images and captions, a folder or a table; else cards
     image_size: int = 32  # pixels that the encoder gets, both ways
     encoder: str = "cnn"  # of images: cnn, or any classification model of torchvision
@@ -64,11 +64,13 @@ class Settings:
     weight_decay: float = 0.1  # of matrices; temperatures, biases and gains have none
     width: int = 64  # d, of the embeddings and the encoders
     alpha: float = 0.9  # weight of the plain loss; the context loss has 1 - alpha
-    tau: float = 5.0  # start of tau_1 and tau_2; CLIP's own is 1 / 0.07, SigLIP's 10
-    tau_ctx: float = 0.25  # start of tau_ctx sqrt(d); at 1 the attention is nearly uniform
+    tau: float = (
+        5.0  # start of tau_1, tau_2, which multiply cosines; CLIP's: 1 / 0.07, SigLIP's: 10
+    )
+    tau_ctx: float = 0.25  # start of tau_ctx sqrt(d), which divides cosines; at 1 nearly uniform
     number_share: float = 1.0  # share of captions that name the card's number
     characters: int = 0  # how many to train on, 0 for all
-    precision: str = "auto"  # of the image encoder: auto, float32, bf16; losses are float32
+    precision: str = "auto"  # of the image encoder: auto, float32, bf16 (losses: float32, TF32)
     chunk: int = 0  # losses in blocks of so many rows: memory grows as B x chunk; 0: all at once
     no_mask: bool = False  # ablation: an image may attend to itself
     shared_temperature: bool = False  # ablation: tau_1 (and b_1) serve the context loss too
@@ -100,8 +102,8 @@ RANGES = {
 
 # ---- 1. Contrastive losses -----------------------------------------------------------------------
 # x, t (b, d): normalised image and text embeddings, pair by pair; X, T (B, d): those of the whole
-# batch, in which i (b,) are their places. Usually they are the batch, and i = 0, 1, ... Returned is
-# a term per pair, (b,), in nats; the loss is their mean.
+# batch; row r of x is row i[r] of X. Usually they are the batch, and i = 0, 1, ... Returned is a
+# term per pair, (b,), in nats; the loss L is their mean.
 
 
 def clip_loss(x, t, i, X, T, tau, b=None):
@@ -113,7 +115,7 @@ def clip_loss(x, t, i, X, T, tau, b=None):
 
 
 def siglip_loss(x, t, i, X, T, tau, b):
-    """Sigmoid contrastive loss (Zhai et al. 2023): -(1/B) sum_ij log sigmoid(z_ij s_ij), logits
+    """Sigmoid contrastive loss (Zhai et al. 2023): -sum_j log sigmoid(z_ij s_ij), logits
     s_ij = tau x_i.t_j + b, labels z_ij = 1 where j = i and else -1."""
     s = tau * x @ T.T + b
     z = 2 * F.one_hot(i, len(T)) - 1
@@ -182,7 +184,7 @@ def in_blocks(chunk, function, rows, *whole):
 
 
 def gather(x):
-    """A process's rows -> those of all, by rank; backward, the sum of what all send to them."""
+    """Rows of one process -> rows of all, by rank; the gradient is summed over processes."""
     if PROCESSES == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(PROCESSES)]
@@ -208,7 +210,7 @@ def add_up(x):
 def cnn(channels, size, width):
     """(B, channels, size, size) -> (B, d). No batch norm: an embedding depends on its image alone,
     context enters by the loss. No pooling: it would lose where on the card a digit stands."""
-    inputs, side = width // 2, size // 4
+    inputs, side = width // 2, (size + 3) // 4
     layers, plan = [nn.Conv2d(channels, inputs, 7, 4, padding=3)], [(inputs, 1)]
     while side > 4:  # (B, d/2, 8, 8) of a card becomes (B, d, 4, 4)
         plan += [(width, 2), (width, 1)]
@@ -237,8 +239,8 @@ def torchvision_encoder(name, weights, size, width):
 
 class TextEncoder(nn.Module):
     """tokens (B, L) -> (B, d): the words' embeddings with their places, pooled by attention: a head
-    weighs words and places as it has learned to. The rest is linear: a caption is the sum of what
-    its words say, and names never seen, of words that were, still find their image."""
+    weighs words and places as it has learned to. A caption is a weighted sum of its words, no more,
+    so that names never seen, of words that were, still find their image."""
 
     def __init__(self, vocabulary_size, width, heads=8):
         super().__init__()
@@ -251,7 +253,7 @@ class TextEncoder(nn.Module):
     def forward(self, tokens):
         h = self.norm(self.words(tokens) + self.places[: tokens.shape[1]])  # (B, L, d)
         scores = self.attention(h).masked_fill(tokens[..., None] == 0, -math.inf)  # (B, L, heads)
-        return self.out((scores.softmax(dim=1).mT @ h).flatten(1))
+        return self.out((scores.softmax(dim=1).mT @ h).flatten(1))  # of (B, heads, d)
 
 
 class ContextCLIP(nn.Module):
@@ -278,8 +280,8 @@ class ContextCLIP(nn.Module):
         return torch.cat((self.log_tau.exp(), self.b))
 
     def encode_image(self, images, normalize=False):
-        """images (B, 1 or 3, S, S) in about [0, 1], resized to --image-size if need be -> v (B, d)
-        float32, with `normalize` of length 1."""
+        """images (B, 1 or 3, S, S) in about [0, 1], of another size resized; a model of cards takes
+        one channel -> v (B, d) float32, with `normalize` of length 1."""
         if images.shape[-1] != self.settings.image_size:
             images = transforms.functional.resize(images, [self.settings.image_size] * 2)
         images = 4 * (images.expand(-1, self.channels, -1, -1) - 0.5)
@@ -348,14 +350,15 @@ def start(settings, data, init, saved, compile):
     `init` for post-training, `saved` to go on. Raises UserError."""
     torch.manual_seed(settings.seed)
     model, content = ContextCLIP(settings, data.vocabulary), saved or init
+    tau_ctx = model.log_tau.data[2].clone()
     if content and content["vocabulary"] != list(data.vocabulary):
         raise UserError("--init, --resume: the checkpoint has another vocabulary")
     if content:
         with blame("--init, --resume: the checkpoint does not fit"):
             model.load_state_dict(content["model"])
     if init and not saved and not init["settings"]["objective"].endswith("xp"):
-        model.log_tau.data[1] = model.log_tau.data[0]  # a base's tau_1 and b_1 start both losses
-        model.b.data[1] = model.b.data[0]
+        model.log_tau.data[1:] = torch.stack((model.log_tau.data[0], tau_ctx))
+        model.b.data[1] = model.b.data[0]  # a base has learned tau_1 and b_1 alone
     if PROCESSES > 1 and data.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(data.device, memory_format=torch.channels_last)
@@ -370,7 +373,8 @@ def start(settings, data, init, saved, compile):
     optimizer = torch.optim.AdamW(groups, settings.lr, **options)
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
-    return model, DistributedDataParallel(model) if PROCESSES > 1 else model, optimizer
+    forward = DistributedDataParallel(model) if PROCESSES > 1 else model
+    return model, forward, optimizer
 
 
 def train(settings, data, out, resume=False, init=None, compile=False, watch=None):
@@ -402,7 +406,7 @@ def train(settings, data, out, resume=False, init=None, compile=False, watch=Non
 
         total = total + losses.detach() / PROCESSES
         if step % LOG_EVERY == 0 or step == steps:
-            norm = nn.utils.get_total_norm(model.parameters())
+            norm = nn.utils.get_total_norm(model.parameters())  # to see that all are finite
             mean = add_up(total) / (step - logged)
             line = torch.cat((mean, model.temperatures(), norm[None])).tolist()
             if not math.isfinite(sum(line)):
@@ -542,9 +546,9 @@ class Cards:
 
     @torch.no_grad()
     def validate(self, model, shots=(1, 4, 16), queries=32):
-        """Accuracy in percent on the validation tasks, cards of characters and typefaces used for
-        nothing else: prototypes of k images per class, mean over the tasks, and zero-shot on the
-        combinations (other names have unknown words). Supports are nested, queries the same."""
+        """Accuracy in percent on the validation tasks, cards of characters and typefaces neither
+        trained nor tested: prototypes of k images per class, mean over the tasks, and zero-shot on
+        the combinations (other names have unknown words). Supports are nested, queries the same."""
         torch.manual_seed(0)
         found = {}
         for task, members in self.validation.items():
@@ -565,9 +569,9 @@ class Cards:
 
 def embed_classes(model, captions):
     """C lists of captions -> T (C, d) normalised, the mean of each. Models of cards get a caption
-    ten times, a share of them with a number, every digit once in every place (an ensemble)."""
+    ten times, number_share of them with a number; at 1 every digit comes once in every place."""
     share = 0 if model.settings.data else model.settings.number_share
-    ends = [""] * 10
+    ends = [""] * (1 if model.settings.data else 10)
     for i in range(round(10 * share)):
         ends[i] = ", number " + " ".join(NUMERALS[(i + shift) % 10] for shift in (0, 3, 6))
     T = []
@@ -914,7 +918,8 @@ def read_checkpoint(path, settings=None, data=None):
     with blame(f"{path} is not a checkpoint of contextclip"):
         content = torch.load(path, map_location="cpu", weights_only=True)
         version, old = content["format"], content["settings"]
-        _ = content["model"], content["vocabulary"], content["fingerprint"], content["log"]
+        if missing := {"model", "optimizer", "vocabulary", "fingerprint", "log"} - content.keys():
+            raise KeyError(f"it lacks {missing}")
     if version != FORMAT:
         raise UserError(f"{path} is of another version of contextclip ({version}): train it again")
     for name, new in asdict(settings).items() if settings else ():
@@ -990,7 +995,8 @@ def errors_in_one_line(program):
     try:
         with contextlib.suppress(AttributeError):  # of a notebook
             sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
-        return (yield)
+        yield
+        return
     except UserError as error:
         message = "" if RANK else str(error)
     except KeyboardInterrupt as error:
@@ -1021,6 +1027,8 @@ def make_parser():
         kind = {"type": field.type, "metavar": "X"}
         kind = {"action": "store_true"} if field.type is bool else kind
         text = f"{helps[field.name]} ({field.default})"
+        if field.name == "objective":
+            text = f"{helps[field.name]}, or several in turn (clip,clixp)"
         add(f"--{field.name.replace('_', '-')}", default=field.default, help=text, **kind)
     parser.set_defaults(objective="clip,clixp")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (auto)")
@@ -1059,7 +1067,7 @@ def main(arguments=None):
         if lock:
             lock.close()
     print_table(results)
-    print("next: python fewshot.py")
+    print(f"next: python fewshot.py --out {args.out}" + " --data FOLDER" * bool(args.data))
     if PROCESSES > 1:
         dist.destroy_process_group()
 

@@ -73,7 +73,7 @@ def vote(query, support, labels, text, scale, k, weight):
 
 
 def plurality(cosines, ranks):
-    """1 each, and a little for nearness, below 1 / 2 in all: of equal counts the nearer win."""
+    """1 each, and a little for nearness, 1 / 2 in all: of equal counts the nearer win."""
     k = len(ranks)
     return (1 + (k - ranks) / (k * (k + 1))).expand_as(cosines).to(cosines)
 
@@ -185,7 +185,7 @@ TASKS = {  # name: group, what "character name" begins with; group: whether word
 GROUPS = {
     "seen": "characters trained, typefaces never seen",
     "combined": "letter and diacritic never seen together",
-    "unseen": "scripts and symbols never seen",
+    "unseen": "words and characters never seen",
     "own": "your own",
 }
 MOST = 40  # classes of a task
@@ -240,7 +240,7 @@ def card_tasks(cards, names=TASKS):
 
 
 def validation_tasks(cards):
-    """Tasks to choose hyper-parameters on: characters and typefaces that serve nothing else."""
+    """Tasks to choose hyper-parameters on: cards neither trained nor tested."""
     return [
         card_task(cards, name, "validation", members[:MOST], "validation")
         for name, members in cards.validation.items()
@@ -354,7 +354,7 @@ def with_plates(images, cards):
 
 @torch.no_grad()
 def embed(model, task, seed, shots, queries):
-    """(query (queries C, d), support (shots C, d), text (C, d), tau_1); both class by class."""
+    """(query (queries C, d), support (shots C, d), text (C, d), tau_1); row r is of class r % C."""
     images, C = task.draw(seed, shots, queries).to(model.b.device), len(task.captions)
     x = [model.encode_image(part, normalize=True) for part in images.flatten(0, 1).split(1024)]
     query, support = torch.cat(x).split([queries * C, shots * C])
@@ -464,7 +464,8 @@ def tabulate(rows, per_run):
 
 def efficiency(base, context, shots):
     """Sample efficiency at each number of shots k: how many shots the base needs for the accuracy
-    of context with k, read off its curve over log2 shots, divided by k; inf beyond its most."""
+    of context with k, read off its curve over log2 shots, divided by k; inf beyond its most, and
+    below its fewest no less than 1 / k."""
     needed = np.interp(context, np.maximum.accumulate(base), np.log2(shots), right=np.inf)
     return 2**needed / np.array(shots)
 
@@ -478,7 +479,7 @@ def report(table, groups, shots):
         mean, width = interval(table[context, method, k] - table[base, method, k])
         return f"{mean:+.1f} ± {width:.1f}"
 
-    for model in models:
+    for model in models if methods else []:
         means = {(m, k): table[model, m, k].mean() for m in methods for k in shots}
         print()
         cc.print_table([{model: m} | {f"{k}-shot": means[m, k] for k in shots} for m in methods])
@@ -488,7 +489,7 @@ def report(table, groups, shots):
                 kind: table[model, "zero-shot", 0][kinds == kind].mean() for kind in set(kinds)
             }
             print("zero-shot:", ", ".join(f"{kind} {v:.1f}" for kind, v in sorted(values.items())))
-    for base, context in [(BASES[m], m) for m in models if BASES.get(m) in models]:
+    for base, context in [(BASES[m], m) for m in models if methods and BASES.get(m) in models]:
         print()
         title = f"{context} - {base}"
         rows = [{title: m} | {f"{k}-shot": difference(m, k) for k in shots} for m in methods]
@@ -639,11 +640,9 @@ def main(arguments=None):
     report(table, groups, shots)
     if any(method == MEAN for _, method, _ in table):
         draw_curves(table, groups, shots, args.out / "accuracy_vs_shots.png")
-        names, k = (
-            [task.name for task in tasks],
-            max([k for k in shots if k <= 16], default=shots[0]),
-        )
-        for base, context in [(BASES[m], m) for m in runs[0] if BASES.get(m) in runs[0]]:
+        names = [task.name for task in tasks]
+        k = max([k for k in shots if k <= 16], default=shots[0])
+        for base, context in [(BASES[m], m) for m in runs[0] if BASES.get(m) in runs[0]][:1]:
             draw_gains(table, groups, names, base, context, k, args.out / "gain_per_task.png")
 
 

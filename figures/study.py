@@ -206,7 +206,7 @@ def show_sweep(rows, path):
 
 
 # ---- During training -----------------------------------------------------------------------------
-TAUS = {"3.0": ":", "5.0": "-", "14.3": "--"}
+TAUS = {"3.0": ":", "5.0": "-"}
 PANELS = {
     "loss in nats": ["plain_loss", "context_loss"],
     "temperature / that at the first point": ["tau_1", "tau_2", "tau_ctx sqrt(d)"],
