@@ -64,9 +64,7 @@ class Settings:
     weight_decay: float = 0.1  # of matrices; temperatures, biases and gains have none
     width: int = 64  # d, of the embeddings and the encoders
     alpha: float = 0.9  # weight of the plain loss; the context loss has 1 - alpha
-    tau: float = (
-        5.0  # start of tau_1, tau_2, which multiply cosines; CLIP's: 1 / 0.07, SigLIP's: 10
-    )
+    tau: float = 5.0  # start of tau_1, tau_2, which multiply cosines; CLIP: 1 / 0.07, SigLIP: 10
     tau_ctx: float = 0.25  # start of tau_ctx sqrt(d), which divides cosines; at 1 nearly uniform
     number_share: float = 1.0  # share of captions that name the card's number
     characters: int = 0  # how many to train on, 0 for all

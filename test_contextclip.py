@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import dataclasses
 import math
 import os
 import re
@@ -1242,3 +1243,26 @@ def test_bad_input_of_an_evaluation_is_one_line(trained, tmp_path, pictures, cap
     needs = ModuleNotFoundError("No module named 'scipy'")
     monkeypatch.setattr(torchvision.datasets, "SVHN", lambda *_, **__: (_ for _ in ()).throw(needs))
     assert "scipy" in bad(*common, "--data", "SVHN")
+
+
+def test_zero_shot_alone_is_evaluated(trained, tmp_path, capsys):
+    small = ["--tasks", "digits", "--methods", "zero-shot", "--queries", "2", "--seeds", "1"]
+    fs.main(["--checkpoint", *map(str, trained.glob("*.pt")), "--out", str(tmp_path), *small])
+    rows = list(csv.DictReader((tmp_path / "fewshot.csv").open()))
+    assert {row["method"] for row in rows} == {"zero-shot"} and len(rows) == 2
+
+
+@pytest.mark.parametrize("size", [32, 33, 50, 64])
+def test_the_cnn_takes_images_of_every_size(size):
+    model = make_model(image_size=size)
+    assert model.encode_image(torch.rand(2, 1, size, size)).shape == (2, 16)
+    assert model.encode_image(torch.rand(2, 1, 40, 40)).shape == (2, 16)  # resized
+
+
+def test_help_names_every_setting_and_its_default(capsys):
+    with pytest.raises(SystemExit):
+        cc.main(["--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(cc.Settings):
+        assert f"--{field.name.replace('_', '-')} " in text
+    assert "(3200)" in text and "(clip,clixp)" in text
