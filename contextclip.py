@@ -92,7 +92,7 @@ class Settings:
 CHOICES = {"objective": ["clip", "siglip", "clixp", "siglixp"]}
 CHOICES["precision"] = ["auto", "float32", "bf16"]
 RANGES = {
-    "image_size": (32, 512), "seed": (0, 2**63 - 1), "steps": (1, 10**9), "batch_size": (2, 10**6),
+    "image_size": (32, 512), "seed": (0, 2**63 - 1), "steps": (1, 10**9), "batch_size": (2, 2**17),
     "lr": (0, 10), "weight_decay": (0, 10), "width": (8, 8192), "alpha": (0, 1), "tau": (1, 100),
     "tau_ctx": (0.02, 2), "number_share": (0, 1), "characters": (0, 10**6), "chunk": (0, 10**6),
 }  # fmt: skip
@@ -666,21 +666,34 @@ def read_table(table):
         content = json.loads(read_text(table))
         names = {image["id"]: image["file_name"] for image in content["images"]}
         notes = enumerate(content["annotations"])
-        return [(names[note["image_id"]], note["caption"], row) for row, note in notes]
-    lines = io.StringIO(read_text(table), newline=None).readlines()
+        texts = [
+            (names.get(note["image_id"]), str(note["caption"] or ""), row) for row, note in notes
+        ]
+        return [(name, text if name else "an unknown image_id", row) for name, text, row in texts]
+    lines = io.StringIO(read_text(table), newline=None).readlines() or [""]
     csv.field_size_limit(2**31 - 1)
+    quoting = csv.QUOTE_MINIMAL
     if re.match(r"[^\t]+#\d+\t", lines[0]):
+        quoting = csv.QUOTE_NONE
         lines = ["image\tcaption\n", *(re.sub(r"#\d+\t", "\t", line, count=1) for line in lines)]
     delimiter = max(",\t;|", key=lines[0].count)
-    header = [name.strip().lower() for name in lines[0].split(delimiter)]
-    image, caption = (header.index(next(n for n in names if n in header)) for names in COLUMN_NAMES)
+    header = [name.strip(' "\n').lower() for name in lines[0].split(delimiter)]
+    known = [[name for name in names if name in header] for names in COLUMN_NAMES]
+    if not all(known):
+        raise ValueError(f"it begins {lines[0][:60]!r}; unpack .tar and .parquet")
+    image, caption = (header.index(names[0]) for names in known)
     rows, line = [], 1
     while line < len(lines):
-        reader = csv.reader(lines[line : line + 50], delimiter=delimiter, strict=True)
+        window = lines[line : line + 50]
+        reader = csv.reader(window, delimiter=delimiter, strict=True, quoting=quoting)
         try:
             row, used = next(reader), reader.line_num
         except csv.Error:  # what follows a quote that is not closed are rows of their own
             row, used = [None], 1
+        for inside in lines[line + 1 : line + used]:  # nor are rows within a quote its caption
+            cells = inside.split(delimiter)
+            if len(cells) == len(header) and re.search(r"\.\w{3,4}$", cells[image].strip()):
+                row, used = [None], 1
         if len(row) == len(header):
             rows.append((row[image].strip(), row[caption], line + 1))
         elif row:
@@ -715,6 +728,8 @@ def visible(name):
 def read_captions(source):
     """{image's name, its path relative to the images' folder: [captions]}, {name: path} and [what
     is wrong, a line each] of what `--data` names. Raises UserError."""
+    if not source.exists():
+        raise UserError(f"--data {source}: there is no such file or folder")
     folder = source.parent if source.is_file() else source
     tables = [t for pattern in TABLES for t in sorted(folder.glob(pattern)) if visible(t.name)]
     tables = [source] if source.is_file() else tables
@@ -726,19 +741,20 @@ def read_captions(source):
     for name in [*FOLDERS, *(table.stem.removeprefix("captions_") for table in tables)]:
         homes += [folder / name, folder.parent / name]  # COCO's train2017, for one
     captions, paths, bad = defaultdict(list), {}, []
-    for name, caption, row in rows:
+    for spelled, caption, row in rows:
+        name = spelled and unicodedata.normalize("NFC", os.path.normpath(spelled))
         if name and name not in paths:
-            spellings = [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
+            spellings = [spelled, name, unicodedata.normalize("NFD", name)]
             places = (home / spelling for home in homes for spelling in spellings)
             paths[name] = next((place for place in places if place.is_file()), None)
         if name is None or "\ufffd" in caption or not split_words(caption):
             wrong = caption if name is None else "it is not UTF-8, or has no words"
             bad.append(f"{source}, {row}: {wrong}")
         elif not paths[name]:
-            bad.append(f"{source}, {row}: there is no image {name}")
+            bad.append(f"{source}, {row}: there is no image {spelled}")
         else:
             captions[name].append(caption)
-    if not rows:
+    if not rows or not tables and not any(name for name, _, _ in rows):
         kinds = "a table of captions, or images with .txt files; unpack .tar and .parquet"
         raise UserError(f"--data {source}: it must be a folder with {kinds}")
     return captions, paths, bad
@@ -775,7 +791,9 @@ def split_names(folder, names):
     lists = {}
     for split in ("dev", "test", "train"):
         for path in sorted(folder.glob(f"*{split}Images.txt"))[:1]:
-            lists[split] = set(read_text(path).splitlines())
+            lists[split] = {line.strip() for line in read_text(path).splitlines()}
+            if names and not lists[split] & set(names):
+                raise UserError(f"{path}: none of its lines is an image, for one {names[0]}")
     if not lists:
         order = sorted(names, key=lambda name: zlib.crc32(os.fsencode(name)))
         lists["dev"] = set(order[: min(1000, max(1, len(names) // 10))])
@@ -823,7 +841,9 @@ class Photos:
         self.counts = torch.tensor(counts, device=device)
         self.words = pad_sequence(tokens.split(counts), batch_first=True).to(device)
         self.images = torch.stack(list(images.values()))
-        self.fingerprint = zlib.crc32(self.images.numpy(), zlib.crc32(repr(captions).encode()))
+        self.fingerprint = zlib.crc32(
+            self.images.numpy(), zlib.crc32(repr((captions, train)).encode())
+        )
         self.images = self.images.to(device)
 
     def draw_batch(self, settings, step):
@@ -877,7 +897,7 @@ def blame(what):
 
 
 def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def write_file(path, content):
@@ -916,7 +936,8 @@ def read_checkpoint(path, settings=None, data=None):
     with blame(f"{path} is not a checkpoint of contextclip"):
         content = torch.load(path, map_location="cpu", weights_only=True)
         version, old = content["format"], content["settings"]
-        if missing := {"model", "optimizer", "vocabulary", "fingerprint", "log"} - content.keys():
+        needed = {"model", "optimizer", "vocabulary", "fingerprint", "log", "seconds", "result"}
+        if missing := needed - content.keys() | asdict(Settings()).keys() - old.keys():
             raise KeyError(f"it lacks {missing}")
     if version != FORMAT:
         raise UserError(f"{path} is of another version of contextclip ({version}): train it again")
@@ -1065,7 +1086,8 @@ def main(arguments=None):
         if lock:
             lock.close()
     print_table(results)
-    print(f"next: python fewshot.py --out {args.out}" + " --data FOLDER" * bool(args.data))
+    more = " --data FOLDER" if args.data else ""
+    print(f"next: python fewshot.py --out {shlex.quote(str(args.out))}{more}")
     if PROCESSES > 1:
         dist.destroy_process_group()
 

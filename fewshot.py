@@ -312,12 +312,14 @@ def image_task(source, args, settings, plate=None, part=slice(None)):
             if not args.skip_bad:
                 path = dataset.samples[i][0] if hasattr(dataset, "samples") else f"{source}, {i}"
                 raise cc.UserError(f"{path} cannot be read ({cc.first_line(error)})") from None
-    places = np.array(list(kept))
+    places = np.array(list(kept), dtype=int)
+    if len(kept) < len(targets):
+        print(f"{source}: {len(targets) - len(kept)} images that cannot be read are left out")
     labels = np.unique(targets[places])
     classes = getattr(dataset, "classes", "0123456789" if source in ("USPS", "SVHN") else None)
     names = [spell(classes[y]) if classes else f"class {y}" for y in labels]
     members = [np.flatnonzero(targets[places] == y)[part] for y in labels]
-    if len(set(names)) < max(2, len(names)):
+    if len({tuple(cc.split_words(name)) for name in names}) < max(2, len(names)):
         raise cc.UserError(f"--data {source}: it needs two classes or more, of different names")
     for name, found in zip(names, members, strict=True):
         if len(found) < args.queries + shots:
@@ -604,6 +606,7 @@ def main(arguments=None):
     args = make_parser().parse_args(arguments)
     if min(*args.shots, args.seeds, args.queries) < 1 or not all("{}" in t for t in args.template):
         raise cc.UserError("--shots, --seeds, --queries: 1 or more; --template: with a {}")
+    args.data = list(dict.fromkeys(str(Path(source)) for source in args.data or []))
     shots, device = sorted(set(args.shots)), cc.choose_device(args.device)
     paths = args.checkpoint or sorted(args.out.glob("*.pt"))
     if not paths:
@@ -623,7 +626,7 @@ def main(arguments=None):
         cards = cc.Cards(device, settings)
         validation = validation_tasks(cards)
         plate = partial(with_plates, cards=cards) if args.plate else None
-        tasks = [read(source, plate=plate) for source in dict.fromkeys(args.data or [])]
+        tasks = [read(source, plate=plate) for source in args.data]
         tasks = tasks or card_tasks(cards, args.tasks)
     if not tasks:
         raise cc.UserError("these models were trained on too few characters for these tasks")

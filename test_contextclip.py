@@ -553,7 +553,7 @@ BAD = "--objective clop|--batch-size 1|--batch-size 1000000000000|--seed 1844674
 BAD += "|--seed -1|--alpha nan|--alpha 2.5|--lr -1.5|--encoder resnet19|--encoder fcn_resnet50"
 BAD += "|--encoder fasterrcnn_resnet50_fpn|--encoder alexnet|--device meta|--device x|--data none"
 BAD = {arguments: rf"{arguments}[:,] " for arguments in BAD.split("|")}
-BAD["--data x.tar"] = "--data x.tar: .* unpack .tar and .parquet"
+BAD["--data x.tar"] = "--data x.tar: there is no such file or folder"
 for name in ("none", "foreign", "truncated", "keys"):
     BAD[f"--init {name}.pt"] = f"{name}.pt is not a checkpoint of contextclip: "
 BAD["--init weights.pt"] = "--init, --resume: the checkpoint does not fit: "
@@ -1266,3 +1266,20 @@ def test_help_names_every_setting_and_its_default(capsys):
     for field in dataclasses.fields(cc.Settings):
         assert f"--{field.name.replace('_', '-')} " in text
     assert "(3200)" in text and "(clip,clixp)" in text
+
+
+def test_spellings_lists_quotes_and_shards_are_not_silently_wrong(tmp_path):
+    for i in range(4):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    table, rows = tmp_path / "captions.csv", ["image,caption", "0.png,a", "./0.png,b"]
+    table.write_text("\n".join([*rows, '1.png,"open', "2.png,c", '3.png,end"']))
+    captions, _, bad = cc.read_captions(tmp_path)
+    assert captions == {"0.png": ["a", "b"], "2.png": ["c"], "3.png": ['end"']} and len(bad) == 1
+    (tmp_path / "devImages.txt").write_text("images/0.png\n")
+    with pytest.raises(cc.UserError, match="none of its lines is an image"):
+        cc.split_names(tmp_path, list(captions))
+    (tmp_path / "devImages.txt").write_text("0.png \r\n")
+    assert cc.split_names(tmp_path, list(captions))[0] == {"dev": [0]}
+    (tmp_path / "shard.tar").write_bytes(b"\0" * 1024)
+    with pytest.raises(cc.UserError, match="unpack .tar and .parquet"):
+        cc.read_captions(tmp_path / "shard.tar")
