@@ -933,14 +933,17 @@ def save(path, model, optimizer, data, log, seconds, result=None):
 def read_checkpoint(path, settings=None, data=None):
     """The dictionary that `save` wrote; to go on with, of the same settings and data, but for more
     steps. Raises UserError."""
-    with blame(f"{path} is not a checkpoint of contextclip"):
+    foreign = f"{path} is not a checkpoint of contextclip"
+    with blame(foreign):
         content = torch.load(path, map_location="cpu", weights_only=True)
-        version, old = content["format"], content["settings"]
+        version = content["format"]
+    if version != FORMAT:
+        raise UserError(f"{path} is of another version of contextclip ({version}): train it again")
+    with blame(foreign):
+        old = content["settings"]
         needed = {"model", "optimizer", "vocabulary", "fingerprint", "log", "seconds", "result"}
         if missing := needed - content.keys() | asdict(Settings()).keys() - old.keys():
             raise KeyError(f"it lacks {missing}")
-    if version != FORMAT:
-        raise UserError(f"{path} is of another version of contextclip ({version}): train it again")
     for name, new in asdict(settings).items() if settings else ():
         if old[name] != new and name != "data" and not (name == "steps" and old[name] < new):
             raise UserError(f"--resume: {path} was made with {name} {old[name]}, not {new}")

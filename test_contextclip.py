@@ -1283,3 +1283,9 @@ def test_spellings_lists_quotes_and_shards_are_not_silently_wrong(tmp_path):
     (tmp_path / "shard.tar").write_bytes(b"\0" * 1024)
     with pytest.raises(cc.UserError, match="unpack .tar and .parquet"):
         cc.read_captions(tmp_path / "shard.tar")
+
+
+def test_a_checkpoint_of_another_version_is_called_that_whatever_it_lacks(tmp_path):
+    torch.save({"format": "contextclip-2", "settings": {}}, tmp_path / "old.pt")
+    with pytest.raises(cc.UserError, match="another version of contextclip .contextclip-2."):
+        cc.read_checkpoint(tmp_path / "old.pt")
