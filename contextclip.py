@@ -209,7 +209,7 @@ def cnn(channels, size, width):
     """(B, channels, size, size) -> (B, d). No batch norm: an embedding depends on its image alone,
     context enters by the loss. No pooling: it would lose where on the card a digit stands."""
     inputs, side = width // 2, (size + 3) // 4
-    layers, plan = [nn.Conv2d(channels, inputs, 7, 4, padding=3)], [(inputs, 1)]
+    layers, plan = [nn.Conv2d(channels, inputs, 7, 4, padding=3)], [(inputs, 1), (inputs, 1)]
     while side > 4:  # (B, d/2, 8, 8) of a card becomes (B, d, 4, 4)
         plan += [(width, 2), (width, 1)]
         side = (side + 1) // 2
@@ -441,7 +441,7 @@ FACES = [  # typefaces that come with matplotlib
     "DejaVuSerif-Italic", "DejaVuSans-BoldOblique", "DejaVuSerif-BoldItalic",
     "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta",
 ]  # fmt: skip
-GROUPS = {"train": slice(0, 10), "validation": slice(10, 12), "test": slice(12, 16)}
+FACE_SPLITS = {"train": slice(0, 10), "validation": slice(10, 12), "test": slice(12, 16)}
 SPLITS = {  # the first whose pattern "character name" begins with; all else is for tests
     "phonetic letters": "[\u0250-\u02af]", "modifier letters": "[\u02b0-\u02ff]",
     "old italic": "[\U00010300-\U0001032f]", "train": ". digit|. latin (capital|small) letter .$|"
@@ -515,7 +515,7 @@ class Cards:
         for i, (character, name) in enumerate(zip(self.index, names, strict=True)):
             split = split_of(character, name)
             group = "train" if split == "train" else "validation"
-            if self.drawn[i, GROUPS[group]].any():
+            if self.drawn[i, FACE_SPLITS[group]].any():
                 splits[split].append(i)
         train = splits.pop("train")
         train.sort(key=lambda i: (" with " in names[i], zlib.crc32(names[i].encode())))
@@ -590,58 +590,55 @@ def uniform(low, high, *shape, device):
 
 def draw_cards(cards, characters, group):
     """One card each: the character somewhere, warped, under a plate with a random number of three
-    digits, both in random typefaces of the group, in random shades, with noise.
+    digits, both in random typefaces of the group and in random shades.
 
-    characters (B,) int64 -> images (B, 1, 32, 32) float32 in about [0, 1], numbers (B, 3) int64.
+    characters (B,) int64 -> images (B, 1, 32, 32) float32 in [0, 1], numbers (B, 3) int64.
     """
-    B, faces = len(characters), GROUPS[group]
+    B, faces = len(characters), FACE_SPLITS[group]
     random = partial(uniform, device=characters.device)
     dark, light = random(0, 0.3, B, 1, 1, 1), random(0.6, 1, B, 1, 1, 1)
     swap = random(0, 1, B, 1, 1, 1) < 0.5
     paper, pen = torch.where(swap, dark, light), torch.where(swap, light, dark)
-
     drawn = cards.drawn[characters, faces]
     face = (random(0, 1, *drawn.shape) * drawn).argmax(1) + faces.start  # one of those drawn
     ink = warp(cards.glyphs[characters, face][:, None] / 255)
     numbers = torch.randint(10, (B, 3), device=characters.device)
-    images = lay_plates(torch.lerp(paper, pen, ink), cards, numbers, group, paper, pen)
-
-    ramp = torch.linspace(-0.03, 0.03, SIZE, device=characters.device)
-    shade = random(-1, 1, B, 1, 1, 1) * ramp + random(-1, 1, B, 1, 1, 1) * ramp[:, None]
-    return images + shade + random(-0.02, 0.02, *images.shape), numbers
+    images = torch.lerp(paper, pen, ink)
+    lay_plates(images, cards, numbers, group, paper, pen)
+    return images, numbers
 
 
 def warp(images):
-    """Turn (up to 0.15 radians), shear (0.2), scale (0.8 to 1.6), move (5 pixels) and bend (half a
-    pixel, at random on a grid of 4 x 4). images (B, 1, S, S) -> the same."""
+    """Turn (up to 0.15 radians), shear (0.2), scale (0.8 to 1.6), move (5 pixels) and bend: every
+    row slides along a wave of up to a pixel, and every column. images (B, 1, S, S) -> the same."""
     B, S, random = len(images), images.shape[-1], partial(uniform, device=images.device)
-    angle, shear = random(-0.15, 0.15, B, 1, 1), random(-0.2, 0.2, B, 1, 1)
-    scale = random(0.8, 1.6, B, 1, 1)
+    angle, shear = random(-0.15, 0.15, B, 1), random(-0.2, 0.2, B, 1)
+    scale = random(0.8, 1.6, B, 1)
     cos, sin = angle.cos() / scale, angle.sin() / scale
-    bend = F.interpolate(random(-1, 1, B, 2, 4, 4) / S, S, mode="bilinear", align_corners=True)
     pixels = (2 * torch.arange(S, device=images.device) + 1) / S - 1  # in half images
-    x = pixels + random(-10, 10, B, 1, 1) / S
-    y = pixels[:, None] + random(-10, 10, B, 1, 1) / S
-    across = cos * x + (shear / scale - sin) * y + bend[:, 0]
-    down = sin * x + cos * y + bend[:, 1]
-    return F.grid_sample(images, torch.stack((across, down), dim=-1), align_corners=False)
+    x = pixels + random(-10, 10, B, 1) / S  # (B, S)
+    y = pixels + random(-10, 10, B, 1) / S
+    wave_x = random(-2, 2, B, 1) / S * (4 * x + random(-3, 3, B, 1)).sin()
+    wave_y = random(-2, 2, B, 1) / S * (4 * y + random(-3, 3, B, 1)).sin()
+    grid = torch.empty(B, S, S, 2, device=images.device)  # where each pixel comes from: x, y
+    grid[..., 0] = (cos * x)[:, None] + ((shear / scale - sin) * y + wave_y)[:, :, None]
+    grid[..., 1] = (sin * x + wave_x)[:, None] + (cos * y)[:, :, None]
+    return F.grid_sample(images, grid, align_corners=False)
 
 
 def lay_plates(images, cards, numbers, group, paper, pen):
     """Lay a plate of 24 x 9 pixels with a number over each image, near its top or bottom edge.
 
-    images (B, 1 or 3, 32, 32), numbers (B, 3) digits; paper, pen: shades of plate and digits.
+    images (B, 1, 32, 32), changed in place; numbers (B, 3) digits; paper, pen: the shades.
     """
     integers = partial(torch.randint, size=(len(images), 1), device=images.device)
-    face = integers(GROUPS[group].start, GROUPS[group].stop)
-    plates = cards.digits[numbers, face].transpose(1, 2).flatten(1) / 255  # (B, 9 * 24)
-    pixels = torch.arange(SIZE, device=images.device)
-    row = pixels - integers(4) - 20 * integers(2)  # (B, 32): where the pixels are on the plate
-    column = pixels - integers(9)
-    inside = ((row >= 0) & (row < 9))[:, :, None] & ((column >= 0) & (column < 24))[:, None]
-    place = 24 * row.clamp(0, 8)[:, :, None] + column.clamp(0, 23)[:, None]
-    ink = plates.gather(1, place.flatten(1)).view(-1, 1, SIZE, SIZE)
-    return torch.where(inside[:, None], torch.lerp(paper, pen, ink), images)
+    face = integers(FACE_SPLITS[group].start, FACE_SPLITS[group].stop)
+    plates = torch.cat(cards.digits[numbers, face].unbind(1), dim=2) / 255  # (B, 9, 24)
+    row = integers(4) + 20 * integers(2) + torch.arange(9, device=images.device)
+    column = integers(9) + torch.arange(24, device=images.device)
+    plates = torch.lerp(paper[:, 0], pen[:, 0], plates)
+    image = torch.arange(len(images), device=images.device)[:, None, None]
+    images[image, 0, row[:, :, None], column[:, None]] = plates
 
 
 # ---- 6. Captions and images of your own ----------------------------------------------------------
@@ -884,7 +881,7 @@ class Photos:
 
 # ---- 7. Files and the command line ---------------------------------------------------------------
 
-FORMAT = "contextclip-3"  # of the checkpoints
+FORMAT = "contextclip-4"  # of the checkpoints
 
 
 @contextlib.contextmanager

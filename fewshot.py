@@ -66,26 +66,18 @@ def tip_x(query, support, labels, text, scale, a, b, g, temp=0.1):
 
 
 def vote(query, support, labels, text, scale, k, weight):
-    """The k nearest support images vote for their classes, with weight(cosines, ranks from 0)."""
-    cosines, nearest = (query @ support.T).topk(min(k, len(labels)))
-    weights = weight(cosines, torch.arange(cosines.shape[1], device=query.device))
+    """The k nearest support images vote for their classes. Weights: "plurality" 1 each, and a
+    little for nearness, 1 / 2 in all, so that of equal counts the nearer win; "softmax"
+    exp(cos / 0.07) (Wu et al. 2018); "rank" 1 / (2 + rank), the first has rank 0."""
+    k = min(k, len(labels))
+    cosines, nearest = (query @ support.T).topk(k)
+    ranks = torch.arange(k, device=query.device).expand_as(cosines)
+    weights = {
+        "plurality": 1 + (k - ranks) / (k * (k + 1)),
+        "softmax": (cosines / 0.07).exp(),
+        "rank": 1 / (2 + ranks),
+    }[weight].to(query)
     return torch.zeros(len(query), len(text)).to(query).scatter_add_(1, labels[nearest], weights)
-
-
-def plurality(cosines, ranks):
-    """1 each, and a little for nearness, 1 / 2 in all: of equal counts the nearer win."""
-    k = len(ranks)
-    return (1 + (k - ranks) / (k * (k + 1))).expand_as(cosines).to(cosines)
-
-
-def softmax(cosines, ranks):
-    """exp(cos / 0.07) (Wu et al. 2018)."""
-    return (cosines / 0.07).exp()
-
-
-def by_rank(cosines, ranks):
-    """1 / (2 + rank)."""
-    return (1 / (2 + ranks)).expand_as(cosines).to(cosines)
 
 
 def gda(query, support, labels, text, scale, shrink, s=0.0):
@@ -142,9 +134,9 @@ SIX = {  # the paper's training-free classifiers, with their hyper-parameters
     "prototypes": (prototypes, {}),
     "Tip-Adapter": (tip_adapter, {"a": [10, 30, 100], "b": [2, 8]}),
     "Tip-X": (tip_x, {"a": [30], "b": [2, 8], "g": [3, 10, 30]}),
-    "plurality vote": (partial(vote, weight=plurality), {"k": [1, 2, 4, 8, 16, 32]}),
-    "softmax vote": (partial(vote, weight=softmax), {"k": [1, 4, 8, 16, 32, 64]}),
-    "rank vote": (partial(vote, weight=by_rank), {"k": [1, 4, 8, 16, 32, 64]}),
+    "plurality vote": (partial(vote, weight="plurality"), {"k": [1, 2, 4, 8, 16, 32]}),
+    "softmax vote": (partial(vote, weight="softmax"), {"k": [1, 4, 8, 16, 32, 64]}),
+    "rank vote": (partial(vote, weight="rank"), {"k": [1, 4, 8, 16, 32, 64]}),
 }
 MEAN = "mean of the six"
 SHRINK = [0.01, 0.03, 0.1, 0.3, 0.9]
@@ -203,7 +195,7 @@ class Task:
 
 
 def card_task(cards, name, group, members, faces):
-    """A task of cards of some characters (their numbers), in typefaces of one of cc.GROUPS."""
+    """A task of cards of some characters (their numbers), in typefaces of one of cc.FACE_SPLITS."""
     members = torch.as_tensor(members, device=cards.device)
 
     def draw(seed, shots, queries):
@@ -224,7 +216,7 @@ def card_tasks(cards, names=TASKS):
     for name in names:
         group, start = TASKS[name]
         faces = "train" if group == "unseen" else "test"
-        has = cards.drawn[:, cc.GROUPS[faces]].any(1).tolist()
+        has = cards.drawn[:, cc.FACE_SPLITS[faces]].any(1).tolist()
         members = []
         for character, i in cards.index.items():
             new = cc.split_of(character, cards.names[i]) == "test"
@@ -250,15 +242,10 @@ def validation_tasks(cards):
 # ---- 3. Your own images --------------------------------------------------------------------------
 
 
-def upright(image):
-    """EMNIST lies on its side."""
-    return image.transpose(Image.Transpose.TRANSPOSE)
-
-
-TEST = {"train": False}
+TEST, UPRIGHT = {"train": False}, partial(Image.Image.transpose, method=Image.Transpose.TRANSPOSE)
 DATASETS = {  # of torchvision: how its test part is had
     "MNIST": TEST, "FashionMNIST": TEST, "KMNIST": TEST, "QMNIST": TEST, "USPS": TEST,
-    "EMNIST": TEST | {"split": "letters", "transform": upright}, "CIFAR10": TEST, "CIFAR100": TEST,
+    "EMNIST": TEST | {"split": "letters", "transform": UPRIGHT}, "CIFAR10": TEST, "CIFAR100": TEST,
     "Omniglot": {"background": False}, "SVHN": {"split": "test"}, "STL10": {"split": "test"},
     "Food101": {"split": "test"}, "DTD": {"split": "test"}, "OxfordIIITPet": {"split": "test"},
     "Flowers102": {"split": "test"}, "EuroSAT": {},
@@ -268,28 +255,25 @@ DATASETS = {  # of torchvision: how its test part is had
 def open_dataset(source, root):
     """A folder with a folder per class (of train, val and test the last), or a torchvision dataset,
     downloaded into `root` if need be. Raises UserError."""
-    if Path(source).is_dir():
-        folder, known = Path(source), cc.IMG_EXTENSIONS
+    folder = Path(source)
+    if not folder.is_dir():
+        if source not in DATASETS:
+            raise cc.UserError(f"--data {source}: no such folder, nor one of {', '.join(DATASETS)}")
+        with cc.blame(f"--data {source}: cannot be had (a missing package: pip install it)"):
+            return getattr(datasets, source)(root, download=True, **DATASETS[source])
+    for part in ("valid", "val", "test"):
+        if Path(source, "train").is_dir() and Path(source, part).is_dir():
+            folder = Path(source, part)
+    if folder != Path(source):
+        print(f"{source}: its part {folder.name}")
 
-        def shown(path):
-            return all(map(cc.visible, Path(path).relative_to(folder).parts))
+    def wanted(path):
+        parts = Path(path).relative_to(folder).parts
+        return path.lower().endswith(cc.IMG_EXTENSIONS) and all(map(cc.visible, parts))
 
-        for part in ("valid", "val", "test"):
-            if Path(source, "train").is_dir() and Path(source, part).is_dir():
-                folder = Path(source, part)
-        if folder != Path(source):
-            print(f"{source}: its part {folder.name}")
-        with cc.blame(f"--data {source}"):
-            return datasets.ImageFolder(
-                folder,
-                loader=cc.open_image,
-                is_valid_file=lambda path: path.lower().endswith(known) and shown(path),
-                allow_empty=True,
-            )
-    if source not in DATASETS:
-        raise cc.UserError(f"--data {source}: no such folder, nor one of {', '.join(DATASETS)}")
-    with cc.blame(f"--data {source}: cannot be had (a missing package: pip install it)"):
-        return getattr(datasets, source)(root, download=True, **DATASETS[source])
+    with cc.blame(f"--data {source}"):
+        options = {"loader": cc.open_image, "is_valid_file": wanted, "allow_empty": True}
+        return datasets.ImageFolder(folder, **options)
 
 
 def spell(name):
@@ -298,57 +282,58 @@ def spell(name):
     return cc.NUMERALS[int(name)] if name in list("0123456789") else name
 
 
-def image_task(source, args, settings, plate=None, part=slice(None)):
-    """A task of one's own images, `part` of each class's. One permutation per class and seed: the
-    first are the queries, the next the support. Raises UserError."""
-    dataset = open_dataset(source, args.out / "data")
-    targets = getattr(dataset, "targets", getattr(dataset, "labels", None))
-    targets = np.array([y for _, y in dataset] if targets is None else [int(y) for y in targets])
-    kept, fit, shots = {}, cc.preprocess(settings), max(args.shots)
-    for i in tqdm(range(len(targets)), f"reading {source}", leave=False, disable=None):
+def read_images(source, args, settings):
+    """images (N, 1 or 3, S, S), labels (N,), {label: class name} and the group of a task of them:
+    without class names there is no zero-shot. Raises UserError."""
+    dataset, fit = open_dataset(source, args.out / "data"), cc.preprocess(settings)
+    images, labels, left_out = [], [], 0
+    for i in tqdm(range(len(dataset)), f"reading {source}", leave=False, disable=None):
         try:
-            kept[i] = fit(dataset[i][0])
+            image, label = dataset[i]
+            images.append(fit(image))
+            labels.append(int(label))
         except Exception as error:
             if not args.skip_bad:
                 path = dataset.samples[i][0] if hasattr(dataset, "samples") else f"{source}, {i}"
                 raise cc.UserError(f"{path} cannot be read ({cc.first_line(error)})") from None
-    places = np.array(list(kept), dtype=int)
-    if len(kept) < len(targets):
-        print(f"{source}: {len(targets) - len(kept)} images that cannot be read are left out")
-    labels = np.unique(targets[places])
-    classes = getattr(dataset, "classes", "0123456789" if source in ("USPS", "SVHN") else None)
-    names = [spell(classes[y]) if classes else f"class {y}" for y in labels]
-    members = [np.flatnonzero(targets[places] == y)[part] for y in labels]
-    if len({tuple(cc.split_words(name)) for name in names}) < max(2, len(names)):
+            left_out += 1
+    if left_out:
+        print(f"{source}: {left_out} images that cannot be read are left out")
+    classes = getattr(dataset, "classes", "0123456789" if source in ("USPS", "SVHN") else [])
+    names = {y: spell(classes[y]) if classes else f"class {y}" for y in sorted(set(labels))}
+    if len({tuple(cc.split_words(name)) for name in names.values()}) < max(2, len(names)):
         raise cc.UserError(f"--data {source}: it needs two classes or more, of different names")
-    for name, found in zip(names, members, strict=True):
-        if len(found) < args.queries + shots:
-            few = f"{len(found)} images are too few for {args.queries} queries and {shots} shots"
+    return torch.stack(images), np.array(labels), names, "own" if classes else "unseen"
+
+
+def image_task(source, args, images, labels, names, group, part=slice(None)):
+    """A task of one's own images, `part` of each class's. One permutation per class and seed: the
+    first are the queries, the next the support. Raises UserError."""
+    members = [np.flatnonzero(labels == y)[part] for y in names]
+    for name, found in zip(names.values(), members, strict=True):
+        if len(found) < args.queries + max(args.shots):
+            few = f"{len(found)} images are too few for {args.queries} queries, {args.shots} shots"
             raise cc.UserError(f"--data {source}, {name}: {few}")
-    images = torch.stack(list(kept.values()))
-    if plate:
-        torch.manual_seed(0)
-        images = plate(images)
 
     def draw(seed, shots, queries):
         orders = [np.random.default_rng([seed, c]).permutation(m) for c, m in enumerate(members)]
         return images[np.stack([order[: queries + shots] for order in orders], axis=1)]
 
-    captions = [[template.replace("{}", name) for template in args.template] for name in names]
-    group = "own" if classes else "unseen"  # without names there is no zero-shot
+    captions = [[text.replace("{}", name) for text in args.template] for name in names.values()]
     return Task(str(Path(source)), group, captions, draw)
 
 
 def with_plates(images, cards):
     """A number plate over each image (N, 1, 32, 32), in its own shades: the median and the value
     farthest from it."""
-    images = images.to(cards.device)
-    flat = images.flatten(1)
+    torch.manual_seed(0)
+    images, flat = images.to(cards.device, copy=True), images.to(cards.device).flatten(1)
     paper = flat.median(dim=1, keepdim=True).values
     pen = flat.gather(1, (flat - paper).abs().argmax(dim=1, keepdim=True))
     numbers = torch.randint(10, (len(images), 3), device=cards.device)
     paper, pen = paper[..., None, None], pen[..., None, None]
-    return cc.lay_plates(images, cards, numbers, "test", paper, pen)
+    cc.lay_plates(images, cards, numbers, "test", paper, pen)
+    return images
 
 
 # ---- 4. Evaluation -------------------------------------------------------------------------------
@@ -472,44 +457,53 @@ def efficiency(base, context, shots):
     return 2**needed / np.array(shots)
 
 
+def signed(mean, width):
+    return f"{mean:+.1f} ± {width:.1f}".removesuffix(" ± nan")
+
+
 def report(table, groups, shots):
     """Print the tables. Means are over tasks, each of which counts the same, and training runs."""
     models, methods = (list(dict.fromkeys(key[i] for key in table)) for i in (0, 1))
     methods = [method for method in methods if method != "zero-shot"]
-
-    def difference(method, k):
-        mean, width = interval(table[context, method, k] - table[base, method, k])
-        return f"{mean:+.1f} ± {width:.1f}"
-
-    for model in models if methods else []:
+    for model in models:
         means = {(m, k): table[model, m, k].mean() for m in methods for k in shots}
-        print()
-        cc.print_table([{model: m} | {f"{k}-shot": means[m, k] for k in shots} for m in methods])
+        if methods:
+            print()
+            rows = [{model: m} | {f"{k}-shot": means[m, k] for k in shots} for m in methods]
+            cc.print_table(rows)
         if (model, "zero-shot", 0) in table:
-            kinds = groups[model, "zero-shot", 0]
-            values = {
-                kind: table[model, "zero-shot", 0][kinds == kind].mean() for kind in set(kinds)
-            }
-            print("zero-shot:", ", ".join(f"{kind} {v:.1f}" for kind, v in sorted(values.items())))
-    for base, context in [(BASES[m], m) for m in models if methods and BASES.get(m) in models]:
-        print()
-        title = f"{context} - {base}"
-        rows = [{title: m} | {f"{k}-shot": difference(m, k) for k in shots} for m in methods]
-        gains = {k: table[context, methods[-1], k] - table[base, methods[-1], k] for k in shots}
-        counts = {f"{k}-shot": f"{(g.mean(1) > 0).sum()} of {len(g)}" for k, g in gains.items()}
-        cc.print_table([*rows, {title: f"tasks gain, {methods[-1]}"} | counts])
-        if (base, "zero-shot", 0) in table:
-            print("zero-shot, tasks of known words:", difference("zero-shot", 0))
-        if MEAN in methods:
-            several = [k for k in shots if k >= 4] or shots
-            sums = [sum(table[m, MEAN, k] for k in several) / len(several) for m in (base, context)]
-            mean, width = interval(sums[1] - sums[0])
-            print(
-                f"{MEAN}, {several[0]} to {several[-1]} shots together: {mean:+.1f} ± {width:.1f}"
-            )
-            curves = [[table[m, MEAN, k].mean() for k in shots] for m in (base, context)]
-            times = zip(shots, efficiency(*curves, shots), strict=True)
-            print("sample efficiency:", ", ".join(f"{k}-shot {time:.2f}" for k, time in times))
+            accuracies, kinds = table[model, "zero-shot", 0], groups[model, "zero-shot", 0]
+            for kind in dict.fromkeys(kinds):
+                print(f"{model}, zero-shot, {kind}: {accuracies[kinds == kind].mean():.1f}")
+    for context in models:
+        if BASES.get(context) in models:
+            compare(table, BASES[context], context, methods, shots)
+
+
+def compare(table, base, context, methods, shots):
+    """Print what context adds to its base, with intervals."""
+    gains = {key[1:]: table[key] - table[base, *key[1:]] for key in table if key[0] == context}
+    if ("zero-shot", 0) in gains:
+        print(
+            f"\n{context} - {base}, zero-shot, known words:",
+            signed(*interval(gains["zero-shot", 0])),
+        )
+    if not methods:
+        return
+    title = f"{context} - {base}"
+    rows = [
+        {title: m} | {f"{k}-shot": signed(*interval(gains[m, k])) for k in shots} for m in methods
+    ]
+    m = MEAN if MEAN in methods else methods[-1]
+    tasks = {f"{k}-shot": f"{(gains[m, k].mean(1) > 0).sum()} of {len(gains[m, k])}" for k in shots}
+    cc.print_table([*rows, {title: f"tasks gain, {m}"} | tasks])
+    if MEAN in methods:
+        several = [k for k in shots if k >= 4] or shots
+        mean = sum(gains[MEAN, k] for k in several) / len(several)
+        print(f"{MEAN}, {several[0]} to {several[-1]} shots together:", signed(*interval(mean)))
+        curves = [[table[model, MEAN, k].mean() for k in shots] for model in (base, context)]
+        times = zip(shots, efficiency(*curves, shots), strict=True)
+        print("sample efficiency:", ", ".join(f"{k}-shot {time:.2f}" for k, time in times))
 
 
 def draw_curves(table, groups, shots, path):
@@ -616,18 +610,19 @@ def main(arguments=None):
     runs = load_runs(paths, device)
     settings = next(iter(runs[0].values())).settings
     args.out.mkdir(parents=True, exist_ok=True)
-    read = partial(image_task, args=args, settings=settings)
+    if settings.data and not args.data:
+        raise cc.UserError("these models were trained on images of your own: what is --data?")
+    read = {source: read_images(source, args, settings) for source in args.data}
     if settings.data:  # hyper-parameters are chosen on half of the images of each class
-        if not args.data:
-            raise cc.UserError("these models were trained on images of your own: what is --data?")
-        validation = [read(source, part=slice(1, None, 2)) for source in args.data]
-        tasks = [read(source, part=slice(0, None, 2)) for source in args.data]
+        tasks = [image_task(source, args, *read[source], slice(0, None, 2)) for source in read]
+        validation = [image_task(source, args, *read[source], slice(1, None, 2)) for source in read]
     else:
         cards = cc.Cards(device, settings)
         validation = validation_tasks(cards)
-        plate = partial(with_plates, cards=cards) if args.plate else None
-        tasks = [read(source, plate=plate) for source in args.data]
-        tasks = tasks or card_tasks(cards, args.tasks)
+        tasks = [] if read else card_tasks(cards, args.tasks)
+        for source, (images, *others) in read.items():
+            images = with_plates(images, cards) if args.plate else images
+            tasks.append(image_task(source, args, images, *others))
     if not tasks:
         raise cc.UserError("these models were trained on too few characters for these tasks")
     rows, hyper = [], None  # of the first run, for all

@@ -279,7 +279,7 @@ def test_a_batch_follows_from_seed_step_and_process_alone(cards, monkeypatch):
 
 
 def test_splits_are_disjoint_and_validation_has_trained_words_alone(cards):
-    assert [face for group in cc.GROUPS.values() for face in cc.FACES[group]] == cc.FACES
+    assert [face for group in cc.FACE_SPLITS.values() for face in cc.FACES[group]] == cc.FACES
     assert ["STIX" in face for face in cc.FACES] == 12 * [False] + 4 * [True]
     names, sides = cards.names, {}
     splits = [cc.split_of(c, name) for c, name in zip(cards.index, names, strict=True)]
@@ -311,7 +311,7 @@ def test_a_card_shows_the_character_named(cards, monkeypatch):
     for name in ("lay_plates", "warp"):
         monkeypatch.setattr(cc, name, lambda images, *_: images)
     images, _ = cc.draw_cards(cards, cards.train, "train")
-    glyphs = cards.glyphs[cards.train, cc.GROUPS["train"]].float().flatten(2)
+    glyphs = cards.glyphs[cards.train, cc.FACE_SPLITS["train"]].float().flatten(2)
     x, g = (F.normalize(e - e.mean(-1, True), dim=-1) for e in (images.flatten(1), glyphs))
     found = torch.einsum("bp,cfp->bcf", x, g).abs().amax(2).argmax(1)
     assert (found == torch.arange(60)).float().mean() > 0.9  # some look alike
@@ -325,7 +325,7 @@ def test_the_number_on_the_plate_is_the_one_returned(cards, monkeypatch):
     ink = (ink / ink.amax((1, 2), True)).unfold(1, 9, 1).unfold(2, 24, 1)
     rows = [0, 1, 2, 3, 20, 21, 22, 23]
     places = ink[:, rows, :9].unflatten(4, (3, 8)).transpose(3, 4).flatten(4)  # (B, 8, 9, 3, 72)
-    digits = cards.digits[:, cc.GROUPS["train"]].flatten(2) / 255  # (10, 10, 72)
+    digits = cards.digits[:, cc.FACE_SPLITS["train"]].flatten(2) / 255  # (10, 10, 72)
     scores = 2 * torch.einsum("brcnp,dfp->brcfnd", places, digits)
     best, decoded = (scores - digits.square().sum(2).T[:, None]).max(-1)
     at = best.sum(-1).flatten(1).argmax(1)  # place and typeface
@@ -334,11 +334,11 @@ def test_the_number_on_the_plate_is_the_one_returned(cards, monkeypatch):
     assert len((at // 90).unique()) == 8 and len((at // 10 % 9).unique()) == 9
 
 
-@pytest.mark.parametrize("group", cc.GROUPS)
+@pytest.mark.parametrize("group", cc.FACE_SPLITS)
 @pytest.mark.parametrize("name", ["digits", "glyphs"])
 def test_cards_use_every_typeface_of_their_group_and_no_other(cards, group, name, monkeypatch):
     monkeypatch.setattr(cc, "warp", lambda images: images)
-    group_faces = range(16)[cc.GROUPS[group]]
+    group_faces = range(16)[cc.FACE_SPLITS[group]]
     blank = {n: torch.zeros_like(getattr(cards, n)) for n in ("digits", "glyphs")}
     for faces in ([f for f in range(16) if f not in group_faces], *([f] for f in group_faces)):
         bitmaps = blank[name].clone()
@@ -1144,7 +1144,12 @@ def arguments_of(folder, **changes):
 
 
 def test_own_images_are_nested_disjoint_and_captioned(pictures, tmp_path):
-    task = fs.image_task(str(pictures), arguments_of(tmp_path, shots=[4]), cc.Settings())
+    args = arguments_of(tmp_path, shots=[4])
+    read = fs.read_images(str(pictures), args, cc.Settings())
+    task = fs.image_task("own", args, *read)
+    few = arguments_of(tmp_path, shots=[2])
+    halves = [fs.image_task("own", few, *read, slice(i, None, 2)).draw(0, 2, 3) for i in (0, 1)]
+    assert len(torch.cat(halves).flatten(0, 1).flatten(1).unique(dim=0)) == 2 * 3 * 5  # disjoint
     assert task.captions == [["a zero"], ["a three"], ["a red fox"]]
     few, many = (task.draw(0, shots, 3) for shots in (2, 4))
     assert few.shape == (5, 3, 1, 32, 32) and torch.equal(few, many[:5])
@@ -1181,7 +1186,7 @@ def test_own_images_on_the_command_line(trained, tmp_path, pictures, capsys):
     run_fewshot(tmp_path, "--data", str(pictures), str(again), "--plate", *small)
     printed = capsys.readouterr().out
     assert " of 2" in printed
-    assert "zero-shot: own" in printed and "clixp - clip" in printed
+    assert "zero-shot, own" in printed and "clixp - clip" in printed
     # a folder with parts: the test part, and it is said
     parts = tmp_path / "parts"
     for part in ("train", "test"):
@@ -1197,6 +1202,9 @@ class FakeDigits(torch.utils.data.Dataset):
         assert download and not train
         self.targets = list(range(10)) * 4
 
+    def __len__(self):
+        return len(self.targets)
+
     def __getitem__(self, i):
         return Image.new("L", (16, 16), 5 * i), self.targets[i]
 
@@ -1205,9 +1213,9 @@ def test_torchvision_datasets_by_name(monkeypatch, tmp_path):
     monkeypatch.setattr(torchvision.datasets, "USPS", FakeDigits)
     monkeypatch.setattr(torchvision.datasets, "KMNIST", FakeDigits)
     args = arguments_of(tmp_path, shots=[1])
-    task = fs.image_task("USPS", args, cc.Settings())
+    task = fs.image_task("USPS", args, *fs.read_images("USPS", args, cc.Settings()))
     assert task.captions[3] == ["a three"] and task.group == "own"
-    task = fs.image_task("KMNIST", args, cc.Settings())
+    task = fs.image_task("KMNIST", args, *fs.read_images("KMNIST", args, cc.Settings()))
     assert task.captions[3] == ["a class 3"] and task.group == "unseen"  # no zero-shot
     for name in fs.DATASETS:
         assert hasattr(torchvision.datasets, name)

@@ -1,20 +1,17 @@
 """The studies of the README: each one command, with a CSV file and a picture in figures/.
 
     python figures/study.py ablations    the context loss with one part changed
-    python figures/study.py alpha        or characters, number_share, steps, width: a sweep of it
-    python figures/study.py tuning       against the start of tau, on the validation tasks
+    python figures/study.py steps        or number_share, width: context against a setting
     python figures/study.py post         a finished base, continued without and with context
     python figures/study.py frontier     zero-shot against 16-shot in training; minutes.png: time
     python figures/study.py emergence    losses, temperatures, attention, accuracy in training
     python figures/study.py attention    which cards an image attends to; where gradients flow
     python figures/study.py cards        training cards with their captions
-    python figures/study.py real         images of --data DIR [DIR ...], and with plates
+    python figures/study.py real         images of --data DIR [DIR ...] as they are and with plates
     python figures/study.py profile      where the time of a training step goes
-    python figures/study.py memory       memory and time of the loss against B, and in blocks
+    python figures/study.py speed        against the plain PyTorch way, on cards or --data DIR
 
 Models are kept in runs/study: what is trained is not trained again, an interrupted study goes on.
-Sweeps and ablations report fewshot.py's 21 tasks (of few characters fewer), the mean of its six
-classifiers, with two draws of images per training seed; zero-shot those of known words.
 """
 
 import argparse
@@ -25,13 +22,15 @@ import textwrap
 import time
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import chain, product, repeat
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from PIL import Image
+from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import contextclip as cc  # noqa: E402
@@ -44,17 +43,14 @@ SHOTS = {"zero-shot": 0, "1-shot": 1, "4-shot": 4, "16-shot": 16}
 COLORS = ["#D55E00", "#0072B2", "#009E73", "#555555"]
 
 
-def print_rows(rows, path=None):
-    """Print dictionaries of the same keys as a table in Markdown, numbers to one decimal."""
-    for row in (rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)):
-        cells = [cell if isinstance(cell, str) else f"{cell:.1f}" for cell in row]
-        print(f"| {' | '.join(cells)} |")
-
-
 def read_rows(path):
     """The rows of a CSV file, each {column: text}."""
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def show_table(rows, path):
+    cc.print_table(rows)
 
 
 def write_rows(path, rows):
@@ -78,8 +74,7 @@ def draw_panels(panels, path):
 # ---- Training ------------------------------------------------------------------------------------
 @torch.no_grad()
 def attend(model, cards, tau_ctx):
-    """Of a batch, always the same: images, attention (B, B), which pairs of cards share their
-    character, and which others two digits or more."""
+    """Of one batch: images, attention, which cards share a character, which others two digits."""
     torch.manual_seed(1)
     i = torch.arange(DEFAULT.batch_size, device=cards.device)
     chosen = cards.train[torch.randint_like(i, len(cards.train))]
@@ -101,8 +96,7 @@ def train(seed, folder="", init=None, **changes):
     settings = replace(DEFAULT, seed=seed, **changes)
     usual = replace(DEFAULT, objective=settings.objective)
     changed = [f"{name}={v}" for name, v in changes.items() if v != getattr(usual, name)]
-    path = RUNS / folder / ("-".join(changed) or "default") / f"seed{seed}"
-    path = path / f"{settings.objective}.pt"
+    path = RUNS / folder / ("-".join(changed) or "default") / f"seed{seed}/{settings.objective}.pt"
     cards, history = cc.Cards(cc.choose_device(), settings), path.with_suffix(".watched.csv")
     rows = {row["step"]: row for row in (read_rows(history) if history.exists() else [])}
 
@@ -121,63 +115,46 @@ def train(seed, folder="", init=None, **changes):
 # ---- Ablations and sweeps ------------------------------------------------------------------------
 ABLATIONS = {  # name: changed settings
     "base": {"objective": "clip"}, "no self-mask": {"no_mask": True}, "alpha 0.6": {"alpha": 0.6},
-    "alpha 0.97": {"alpha": 0.97}, "shared temperature": {"shared_temperature": True},
+    "shared temperature": {"shared_temperature": True},
     "detached values": {"detach_values": True}, "normalised values": {"normalize_values": True},
 }  # fmt: skip
-PAPER = {"no self-mask": " (paper: 50.9, 60.5)", "alpha 0.6": " (paper: 48.7, 61.5)"}
-PAPER |= {"shared temperature": " (paper: 47.8, 61.8)", "detached values": " (paper: 43.8, 58.7)"}
-PAPER |= {"base": " (paper's full method: zero-shot 50.5, 16-shot 64.1)"}
 
 
 def sweep(name, values, **others):
     """{value: {model: changed settings}}, base and context for each value of a setting."""
-    found = {}
-    for value in values:
-        changes = {name: value} | others
-        base = {} if name == "alpha" else changes  # the plain loss knows no alpha
-        found[str(value)] = {"base": base | {"objective": "clip"}, "context": changes}
-    return found
+    changes = {str(value): {name: value} | others for value in values}
+    return {v: {"base": c | {"objective": "clip"}, "context": c} for v, c in changes.items()}
 
 
 SWEEPS = {  # what is compared: two models that see the same images
     "ablations": {name: {"full": {}, "changed": changes} for name, changes in ABLATIONS.items()},
-    "alpha": sweep("alpha", [0.6, 0.8, 0.9, 0.97]),
-    "characters": sweep("characters", [60, 125, 250, 0]),
-    "number_share": sweep("number_share", [0.0, 0.25, 0.5, 0.75, 0.9, 1.0]),
-    "steps": sweep("steps", [400, 800, 1600, 3200, 6400]),
+    "number_share": sweep("number_share", [0.0, 0.5, 0.9, 1.0]),
+    "steps": sweep("steps", [400, 800, 1600, 3200]),
     "width": sweep("width", [32, 64, 128]),
-    "tuning": sweep("tau", [3.0, 5.0, 8.0, 14.3]),
     "post": sweep("steps", [25, 100, 400], lr=5e-4),
 }
 
 
-def evaluate(models, cards, seed):
-    """{(model, task, shots): accuracies} on the 21 tasks."""
-    tasks, validation = fs.card_tasks(cards), fs.validation_tasks(cards)
-    methods, draws, found = ["zero-shot", *fs.SIX], (2 * seed, 2 * seed + 1), {}
-    rows, _ = fs.evaluate(models, tasks, validation, methods, [1, 4, 16], draws, queries=16)
-    for model, task, _, _, k, _, accuracy in rows:
-        found.setdefault((model, task, k), []).append(accuracy)
-    return found
-
-
 def measure_sweep(study, args):
-    """Train and evaluate the models: rows of mean accuracies, a task each."""
+    """Train and evaluate the models: rows of accuracies on the 21 tasks, the mean of the six
+    classifiers and of two draws of images; zero-shot those of known words."""
+    methods = ["zero-shot", *fs.SIX]
     for (of, changes), seed in product(SWEEPS[study].items(), range(args.seeds)):
-        more, models, found = {}, {}, {}
+        more, models = {}, {}
         if study == "post":
             base, _ = train(seed, objective="clip")
             more = {"folder": "post", "init": cc.read_checkpoint(base)}
         for model, change in changes.items():
             path, cards = train(seed, **more, **change)
             models[model] = cc.load(path, cards.device)
-            result = cc.read_checkpoint(path)["result"]
-            found |= {(model, "all", k): result.get(name) for name, k in SHOTS.items()}
-        if study != "tuning":
-            found = evaluate(models, cards, seed)
-        for (model, task, k), values in found.items():
-            row = {"of": of, "model": model, "seed": seed, "task": task, "shots": k}
-            yield row | {"accuracy": round(np.mean(values), 3)}
+        tasks, validation = fs.card_tasks(cards), fs.validation_tasks(cards)
+        draws = (2 * seed, 2 * seed + 1)
+        rows, _ = fs.evaluate(models, tasks, validation, methods, [1, 4, 16], draws, queries=16)
+        for (model, method, k), values in fs.tabulate(rows, per_run=2)[0].items():
+            if method in ("zero-shot", fs.MEAN):
+                row = {"of": of, "model": model, "seed": seed, "shots": k}
+                for task, accuracy in enumerate(values.mean(1)):
+                    yield row | {"task": task, "accuracy": round(accuracy, 3)}
 
 
 def show_sweep(rows, path):
@@ -186,30 +163,29 @@ def show_sweep(rows, path):
     for row in rows:
         tasks = cells.setdefault(row["of"], {}).setdefault((row["shots"], row["model"]), {})
         tasks.setdefault(row["task"], []).append(float(row["accuracy"]))
-    lines = [{path.stem: of + PAPER.get(of, "")} for of in cells]
-    left, right = [], []
+    lines = [{path.stem: of} for of in cells]
+    panel = []
     for (shots, k), color in zip(SHOTS.items(), COLORS, strict=True):
         found = []
         for line, table in zip(lines, cells.values(), strict=True):
             first, second = (np.array(list(table[str(k), name].values())) for name in names)
             mean, width = fs.interval(second - first)
             found.append((first.mean(), second.mean(), mean, width))
-            gain = f"{mean:+.1f} ± {width:.1f}".removesuffix(" ± nan")
+            gain = fs.signed(mean, width)
             line[f"{shots}: {', '.join(names)}"] = f"{found[-1][0]:.1f}, {found[-1][1]:.1f}, {gain}"
-        first, second, *gains = np.nan_to_num(found).T
+        _, _, *gains = np.nan_to_num(found).T
         x = [of.replace(" ", "\n") for of in cells]
-        left.append((f"{shots}, {names[0]}", x, first, None, "o--", color))
-        left.append((f"{shots}, {names[1]}", x, second, None, "s-", color))
-        right.append((shots, x, *gains, "s-", color))
-    print_rows(lines)
-    draw_panels({(path.stem, "%"): left, (path.stem, " - ".join(names[::-1])): right}, path)
+        panel.append((shots, x, *gains, "s-", color))
+    cc.print_table(lines)
+    draw_panels({(path.stem, f"{names[1]} - {names[0]}, points of accuracy"): panel}, path)
 
 
 # ---- During training -----------------------------------------------------------------------------
 TAUS = {"3.0": ":", "5.0": "-"}
 PANELS = {
     "loss in nats": ["plain_loss", "context_loss"],
-    "temperature / that at the first point": ["tau_1", "tau_2", "tau_ctx sqrt(d)"],
+    "temperatures": ["tau_1", "tau_2"],
+    "tau_ctx sqrt(d)": ["tau_ctx sqrt(d)"],
     "attention on the same character, %": ["attention"],
     "validation accuracy, %": list(SHOTS),
 }
@@ -251,25 +227,20 @@ def show_frontier(rows, path):
         if tau == str(DEFAULT.tau):
             for panel, values in zip(minutes.values(), points[1:], strict=True):
                 panel.append((model, seconds, values, None, "-", COLORS[i]))
-    print_rows(lines)
+    cc.print_table(lines)
     draw_panels({("zero-shot, %", "16-shot, %"): paths}, path)
     draw_panels(minutes, path.with_name("minutes.png"))
 
 
 def show_emergence(rows, path):
-    """Print the ends and draw four panels over training steps."""
-    panels, ends = {}, {model: {"end": model} for model in OBJECTIVES}
+    """Draw losses, temperatures, attention and accuracies over training steps."""
+    panels = {}
     for title, columns in PANELS.items():
         panels["step", title] = lines = []
         for (i, column), model in product(enumerate(columns), OBJECTIVES):
-            steps, values = curves(rows, ["step", column], model)
-            ends[model][column] = f"{values[-1]:.2f}"
             line = "-" if model == "context" else "--"
-            if "temperature" in title:
-                values = values / values[0]
-            if np.ptp(values) > 1e-6:  # the base has no context loss, nor trains its temperatures
-                lines.append((f"{column}, {model}", steps, values, None, line, COLORS[i]))
-    print_rows(list(ends.values()))
+            steps, values = curves(rows, ["step", column], model)
+            lines.append((f"{column}, {model}", steps, values, None, line, COLORS[i]))
     draw_panels(panels, path)
 
 
@@ -287,31 +258,32 @@ def draw_grid(cells, size, path):
 
 
 def split_gradient(model, cards):
-    """Of the context loss's gradient to raw images' embeddings, the parts through the values and
-    through queries and keys: squared norms in percent of the sum's, and the cosine between them."""
+    """Of the context loss's gradient to raw image embeddings, the parts through values and through
+    queries and keys: squared norms in percent of the sum's, and the cosine between them."""
     torch.manual_seed(1)
     images, tokens = cards.draw_batch(DEFAULT, 0)
     t, v = model.encode_text(tokens, normalize=True), model.encode_image(images)
     values, others = v.clone().requires_grad_(), v.clone().requires_grad_()
     x, i = F.normalize(others, dim=1), torch.arange(len(t), device=t.device)
-    _, tau_2, tau_ctx, *_ = model.temperatures()
+    tau_1, tau_2, tau_ctx, *_ = model.temperatures()
     x_ctx = F.normalize(cc.contextualize(x, i, x, values, tau_ctx), dim=1)
     loss = cc.clip_loss(x_ctx, t, i, x_ctx, t, tau_2).mean()
     first, second = (g.flatten() for g in torch.autograd.grad(loss, (values, others)))
     shares = [(100 * g @ g / (first + second).square().sum()).item() for g in (first, second)]
     cosine = f"{F.cosine_similarity(first, second, dim=0):.2f}"
-    return {"through values, %": shares[0], "queries and keys, %": shares[1], "cosine": cosine}
+    found = {"through values, %": shares[0], "queries and keys, %": shares[1], "cosine": cosine}
+    return found | {"tau_1": tau_1.item(), "tau_2": tau_2.item()}
 
 
 def draw_attention(args, path):
     """Cards and the six that each attends to most, by base and context at the latter's tau_ctx:
     green the same character, orange two digits in common; print shares and gradients."""
-    found = {name: train(0, objective=objective) for name, objective in OBJECTIVES.items()}
-    models = {name: cc.load(path, cards.device) for name, (path, cards) in found.items()}
-    cards, rows = found["base"][1], []
-    tau_1, tau_2, tau_ctx, *_ = models["context"].temperatures().tolist()
-    cells = [[] for _ in range(5)]
-    for name, model in models.items():
+    rows, cells = [], [[] for _ in range(5)]
+    for name in ("context", "base"):
+        trained, cards = train(0, objective=OBJECTIVES[name])
+        model = cc.load(trained, cards.device)
+        if name == "context":
+            tau_ctx, gradient = model.temperatures()[2], split_gradient(model, cards)
         images, weights, same, digits = attend(model, cards, tau_ctx)
         for kind, there in (("the same character", same), ("two digits in common", digits)):
             rows.append({"model": name, "attention to": kind, "%": share(weights, there)})
@@ -320,8 +292,8 @@ def draw_attention(args, path):
             for i in weights[query].topk(6).indices.tolist():
                 color = COLORS[2] if same[query, i] else "#E69F00" if digits[query, i] else "white"
                 row.append((images[i], f"{100 * weights[query, i]:.1f} %", color))
-    print_rows(rows)
-    print_rows([split_gradient(models["context"], cards) | {"tau_1": tau_1, "tau_2": tau_2}])
+    cc.print_table(rows)
+    cc.print_table([gradient])
     draw_grid(cells, (1, 1.2), path)
 
 
@@ -330,26 +302,22 @@ def draw_cards(args, path):
     cards, cells = cc.Cards(cc.choose_device(), DEFAULT), []
     torch.manual_seed(0)
     images, tokens = cards.draw_batch(replace(DEFAULT, batch_size=18), 0)
-    words = list(cards.vocabulary)
     for image, row in zip(images, tokens.tolist(), strict=True):
-        text = " ".join(words[token] for token in row if token).replace(" number", ", number")
-        cells.append((image, textwrap.fill(text, 25), "white"))
+        text = " ".join(list(cards.vocabulary)[token] for token in row if token)
+        cells.append((image, textwrap.fill(text.replace(" number", ", number"), 25), "white"))
     draw_grid([cells[:6], cells[6:12], cells[12:]], (1.9, 2.3), path)
 
 
 def draw_real(args, path):
     """Images of your own, a row per set: as they are, and with plates."""
     cards, fit, cells = cc.Cards("cpu", DEFAULT), cc.preprocess(DEFAULT), []
-    for source in args.data or []:
+    for source in args.data or ["MNIST"]:
         dataset = fs.open_dataset(source, Path("runs/data"))
-        with cc.blame(f"--data {source}"):
-            places = np.linspace(0, len(dataset) - 1, 6).astype(int).tolist()
-            images = torch.stack([fit(dataset[i][0]) for i in places])
+        places = np.linspace(0, len(dataset) - 1, 6).astype(int).tolist()
+        images = torch.stack([fit(dataset[i][0]) for i in places])
         torch.manual_seed(0)
         images = [*images, *fs.with_plates(images, cards)]
         cells.append([(image, Path(source).name, "white") for image in images])
-    if not cells:
-        raise cc.UserError("real: it needs --data, folders of a folder per class")
     draw_grid(cells, (1, 1.2), path)
 
 
@@ -366,57 +334,89 @@ def by_turns(parts, rounds):
     return {name: np.median(seconds[1:]) for name, seconds in found.items()}
 
 
-def make_loss(settings):
-    """A function that computes the loss of random embeddings, and its gradient."""
-    model = cc.ContextCLIP(settings, ["a"]).to(cc.choose_device())
-    like = torch.empty(settings.batch_size, settings.width, device=model.b.device)
-    v, t = (torch.randn_like(like, requires_grad=True) for _ in range(2))
-    return lambda: cc.lixp_loss(v, t, model, settings)[0].backward()
-
-
 def measure_profile(args):
     """A row per part of a training step; encoders and loss are forward and backward."""
     cards = cc.Cards(cc.choose_device(), DEFAULT)
     batches = iter(partial(cards.draw_batch, DEFAULT, 0), None)
     model, _, optimizer = cc.start(DEFAULT, cards, None, None, False)
     images, tokens = next(batches)
+    v, t = model.encode_image(images), model.encode_text(tokens)
+    v, t = v.detach().requires_grad_(), t.detach().requires_grad_()
+
+    def step():
+        model(*next(batches))[0].backward()
+        optimizer.step()
+
     parts = {
-        "before optimizer": lambda: model(*next(batches))[0].backward(),
-        "optimizer": optimizer.step,
+        "full step": step,
         "image encoder": lambda: model.encode_image(images).sum().backward(),
         "text encoder": lambda: model.encode_text(tokens).sum().backward(),
         "cards": lambda: next(batches),
-        "loss": make_loss(DEFAULT),
+        "loss": lambda: cc.lixp_loss(v, t, model, DEFAULT)[0].backward(),
     }
     seconds = by_turns(parts, 20)
     seconds["both encoders"] = seconds["image encoder"] + seconds["text encoder"]
-    seconds["full step"] = whole = seconds["before optimizer"] + seconds["optimizer"]
     for name, median in seconds.items():
-        yield {"part": name, "ms": f"{1000 * median:.1f}", "%": f"{100 * median / whole:.0f}"}
+        percent = f"{100 * median / seconds['full step']:.0f}"
+        yield {"part": name, "ms": f"{1000 * median:.1f}", "%": percent}
 
 
-def measure_loss(settings):
-    """MiB that the loss and its gradient add to the GPU's or this process's peak, and seconds."""
-
-    def peak():  # not getrusage's, which begins with the peak of the process that started this one
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated() / 2**20
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 2**10
-
-    make_loss(replace(settings, batch_size=64))()
-    loss, before = make_loss(settings), peak()
-    seconds = by_turns({"loss": loss}, 3)["loss"]
-    return {"MiB": f"{peak() - before:.0f}", "seconds": f"{seconds:.3f}"}
+def draw_plainly(cards, character):
+    """A training card by Pillow, of one typeface."""
+    image = Image.fromarray(cards.glyphs[character, 0].numpy())
+    image = transforms.RandomAffine(9, (0.16, 0.16), (0.8, 1.6), 11)(image)
+    top = int(torch.randint(2, ())) * 23
+    for place, digit in enumerate(torch.randint(10, (3,))):
+        image.paste(Image.fromarray(cards.digits[digit, 0].numpy()), (4 + 8 * place, top))
+    return image
 
 
-def measure_memory(args):
-    """Rows by batch and blocks, each of a process where glibc's malloc returns what is freed."""
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    for B, chunk in product((1024, 2048, 4096, 8192), (0, 512)):
-        with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
-            found = pool.apply(measure_loss, [replace(DEFAULT, batch_size=B, chunk=chunk)])
-        yield {"B": str(B), "chunk": str(chunk)} | found
+def collate(pairs, fit):
+    return torch.stack([fit(image) for image, _ in pairs]), torch.stack([t for _, t in pairs])
+
+
+def load_plainly(data, source, batch_size):
+    """The plain PyTorch way: workers, one per core, open and crop images, or draw cards."""
+    if source:
+        captions, paths, _ = cc.read_captions(Path(source))
+        images, tokens = [paths[name] for name in captions], data.words[:, 0]
+        crop = transforms.RandomResizedCrop(64, (0.5, 1))
+        steps = [cc.open_image, crop, transforms.RandomHorizontalFlip()]
+    else:
+        images = data.train.repeat(100).tolist()
+        tokens, steps = data.words[images], [partial(draw_plainly, data)]
+    fit = transforms.Compose([*steps, transforms.ToTensor()])
+    options = {"shuffle": True, "drop_last": True, "persistent_workers": True}
+    options |= {"num_workers": os.cpu_count(), "collate_fn": partial(collate, fit=fit)}
+    pairs = list(zip(images, tokens.cpu(), strict=True))
+    return torch.utils.data.DataLoader(pairs, batch_size, **options)
+
+
+def make_steps(started, batches):
+    """30 training steps on what `batches` yields next."""
+    model, _, optimizer = started
+    for _ in range(30):
+        loss, *_ = model(*(part.to(model.b.device) for part in next(batches)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def measure_speed(args):
+    """Images/s of training, ours and plain in float32; on cards, or on --data at 64 pixels."""
+    device, settings, source = cc.choose_device(), DEFAULT, args.data and args.data[0]
+    if source:
+        settings = replace(DEFAULT, data=source, image_size=64)
+    data = cc.Photos(device, settings) if source else cc.Cards(device, settings)
+    loader = load_plainly(data, source, settings.batch_size)
+    plain, ours = chain.from_iterable(repeat(loader)), partial(data.draw_batch, settings, 0)
+    start = partial(cc.start, data=data, init=None, saved=None, compile=False)
+    parts = {
+        "plain": partial(make_steps, start(replace(settings, precision="float32")), plain),
+        "ours": partial(make_steps, start(settings), iter(ours, None)),
+    }
+    for way, seconds in by_turns(parts, 3).items():
+        yield {"way": way, "images/s": f"{30 * settings.batch_size / seconds:.0f}"}
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -424,8 +424,8 @@ PICTURES = {"attention": draw_attention, "cards": draw_cards, "real": draw_real}
 STUDIES = {study: (partial(measure_sweep, study), show_sweep) for study in SWEEPS}
 STUDIES["frontier"] = (partial(measure_history, TAUS), show_frontier)
 STUDIES["emergence"] = (partial(measure_history, [str(DEFAULT.tau)]), show_emergence)
-STUDIES["profile"] = (measure_profile, print_rows)
-STUDIES["memory"] = (measure_memory, print_rows)
+STUDIES["profile"] = (measure_profile, show_table)
+STUDIES["speed"] = (measure_speed, show_table)
 
 
 @cc.errors_in_one_line("study")
@@ -435,7 +435,7 @@ def main(arguments=None):
     parser.add_argument("study", choices=[*STUDIES, *PICTURES])
     parser.add_argument("--seeds", type=int, default=3, choices=range(1, 11), metavar="N")
     parser.add_argument("--draw", action="store_true", help="only draw, from the CSV file")
-    parser.add_argument("--data", nargs="+", help="of real: folders of images")
+    parser.add_argument("--data", nargs="+", help="of real: folders of images; of speed: captions")
     args = parser.parse_args(arguments)
     path = FIGURES / f"{args.study}.png"
     if args.study in PICTURES:
