@@ -569,9 +569,8 @@ def embed_classes(model, captions):
     """C lists of captions -> T (C, d) normalised, the mean of each. Models of cards get a caption
     ten times, number_share of them with a number; at 1 every digit comes once in every place."""
     share = 0 if model.settings.data else model.settings.number_share
-    ends = [""] * (1 if model.settings.data else 10)
-    for i in range(round(10 * share)):
-        ends[i] = ", number " + " ".join(NUMERALS[(i + shift) % 10] for shift in (0, 3, 6))
+    numbers = [" ".join(NUMERALS[(i + shift) % 10] for shift in (0, 3, 6)) for i in range(10)]
+    ends = [f", number {n}" if i < round(10 * share) else "" for i, n in enumerate(numbers)]
     T = []
     for texts in captions:
         tokens = tokenize([text + end for text in texts for end in ends], model.vocabulary)
@@ -663,10 +662,7 @@ def read_table(table):
         content = json.loads(read_text(table))
         names = {image["id"]: image["file_name"] for image in content["images"]}
         notes = enumerate(content["annotations"])
-        texts = [
-            (names.get(note["image_id"]), str(note["caption"] or ""), row) for row, note in notes
-        ]
-        return [(name, text if name else "an unknown image_id", row) for name, text, row in texts]
+        return [(names.get(n["image_id"]), str(n["caption"] or ""), row) for row, n in notes]
     lines = io.StringIO(read_text(table), newline=None).readlines() or [""]
     csv.field_size_limit(2**31 - 1)
     quoting = csv.QUOTE_MINIMAL
@@ -683,18 +679,17 @@ def read_table(table):
     while line < len(lines):
         window = lines[line : line + 50]
         reader = csv.reader(window, delimiter=delimiter, strict=True, quoting=quoting)
-        try:
+        row, used = [""], 1  # what follows a quote that is not closed are rows of their own
+        with contextlib.suppress(csv.Error):
             row, used = next(reader), reader.line_num
-        except csv.Error:  # what follows a quote that is not closed are rows of their own
-            row, used = [None], 1
         for inside in lines[line + 1 : line + used]:  # nor are rows within a quote its caption
             cells = inside.split(delimiter)
             if len(cells) == len(header) and re.search(r"\.\w{3,4}$", cells[image].strip()):
-                row, used = [None], 1
+                row, used = [""], 1
         if len(row) == len(header):
             rows.append((row[image].strip(), row[caption], line + 1))
         elif row:
-            rows.append((None, f"not {len(header)} columns, or a quote is not closed", line + 1))
+            rows.append((None, "", line + 1))
         line += used
     return rows
 
@@ -714,7 +709,7 @@ def read_pairs(folder):
             text = texts.get(path.with_suffix(""))
             lines = [line for line in read_text(text).splitlines() if line.strip()] if text else []
             name = path.relative_to(folder).as_posix()
-            rows += [(name, line, name) for line in lines] or [(None, "it has no caption", name)]
+            rows += [(name, line, name) for line in lines] or [(None, "", name)]
     return rows
 
 
@@ -739,19 +734,19 @@ def read_captions(source):
         homes += [folder / name, folder.parent / name]  # COCO's train2017, for one
     captions, paths, bad = defaultdict(list), {}, []
     for spelled, caption, row in rows:
-        name = spelled and unicodedata.normalize("NFC", os.path.normpath(spelled))
-        if name and name not in paths:
+        name = unicodedata.normalize("NFC", os.path.normpath(spelled or ""))
+        if spelled and name not in paths:
             spellings = [spelled, name, unicodedata.normalize("NFD", name)]
             places = (home / spelling for home in homes for spelling in spellings)
             paths[name] = next((place for place in places if place.is_file()), None)
-        if name is None or "\ufffd" in caption or not split_words(caption):
-            wrong = caption if name is None else "it is not UTF-8, or has no words"
+        if not spelled or "\ufffd" in caption or not split_words(caption):
+            wrong = "it has no caption, or is not UTF-8, or columns, quotes or image_id are wrong"
             bad.append(f"{source}, {row}: {wrong}")
         elif not paths[name]:
             bad.append(f"{source}, {row}: there is no image {spelled}")
         else:
             captions[name].append(caption)
-    if not rows or not tables and not any(name for name, _, _ in rows):
+    if not any(spelled for spelled, _, _ in rows):
         kinds = "a table of captions, or images with .txt files; unpack .tar and .parquet"
         raise UserError(f"--data {source}: it must be a folder with {kinds}")
     return captions, paths, bad
@@ -882,6 +877,7 @@ class Photos:
 # ---- 7. Files and the command line ---------------------------------------------------------------
 
 FORMAT = "contextclip-4"  # of the checkpoints
+KEYS = {"settings", "vocabulary", "fingerprint", "model", "optimizer", "log", "seconds", "result"}
 
 
 @contextlib.contextmanager
@@ -930,17 +926,14 @@ def save(path, model, optimizer, data, log, seconds, result=None):
 def read_checkpoint(path, settings=None, data=None):
     """The dictionary that `save` wrote; to go on with, of the same settings and data, but for more
     steps. Raises UserError."""
-    foreign = f"{path} is not a checkpoint of contextclip"
-    with blame(foreign):
+    with blame(f"{path} is not a checkpoint of contextclip"):
         content = torch.load(path, map_location="cpu", weights_only=True)
-        version = content["format"]
+        version, missing = content["format"], KEYS - content.keys()
+        if missing and version == FORMAT:
+            raise KeyError(f"it lacks {missing}")
     if version != FORMAT:
         raise UserError(f"{path} is of another version of contextclip ({version}): train it again")
-    with blame(foreign):
-        old = content["settings"]
-        needed = {"model", "optimizer", "vocabulary", "fingerprint", "log", "seconds", "result"}
-        if missing := needed - content.keys() | asdict(Settings()).keys() - old.keys():
-            raise KeyError(f"it lacks {missing}")
+    old = content["settings"]
     for name, new in asdict(settings).items() if settings else ():
         if old[name] != new and name != "data" and not (name == "steps" and old[name] < new):
             raise UserError(f"--resume: {path} was made with {name} {old[name]}, not {new}")
@@ -995,16 +988,15 @@ def print_table(rows):
     formats = {"loss": ".3f", "seconds": ".0f", "images/s": ",.0f"}
     cells = [list(rows[0])]
     for row in rows:
-        texts = {
-            k: v if isinstance(v, str) else f"{v:{formats.get(k, '.1f')}}" for k, v in row.items()
-        }
-        cells.append(list(texts.values()))
+        numbers = {k: v for k, v in row.items() if not isinstance(v, str)}
+        texts = {k: f"{v:{formats.get(k, '.1f')}}" for k, v in numbers.items()}
+        cells.append(list((row | texts).values()))
     if len(cells[0]) > 10:
         cells = list(zip(*cells, strict=True))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        first, *others = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        print("  ".join([first.strip().ljust(widths[0]), *others]))
+    first, *widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for name, *others in cells:
+        columns = [cell.rjust(width) for cell, width in zip(others, widths, strict=True)]
+        print(name.ljust(first), *columns, sep="  ")
 
 
 @contextlib.contextmanager

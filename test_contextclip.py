@@ -904,20 +904,15 @@ def test_gda_of_one_shot_is_the_prototype_classifier_and_beats_it_with_a_nuisanc
         normalize(centres[labels] + noise * torch.randn(64, 20, generator=g), dim=1)
         for _ in range(2)
     )
-    right = [
-        (scores.argmax(1) == labels).float().mean()
-        for scores in (
-            fs.gda(query, support, labels, centres, 0.0, shrink=0.01),
-            fs.prototypes(query, support, labels, centres, 0.0),
-        )
-    ]
+    found = fs.gda(query, support, labels, centres, 0.0, shrink=0.01)
+    others = fs.prototypes(query, support, labels, centres, 0.0)
+    right = [(scores.argmax(1) == labels).float().mean() for scores in (found, others)]
     assert right[0] > right[1] + 0.2
 
 
 def test_the_linear_probe_is_where_its_loss_has_no_slope():
-    query, support, labels, text, scale = (
-        x.float() if x.is_floating_point() else x for x in episode(5)
-    )
+    query, support, labels, text, scale = episode(5)
+    support, text = support.float(), text.float()
     probe = partial(fs.linear_probe, support=support, labels=labels, text=text, scale=scale)
     c = probe(torch.zeros(1, 6), l2=1e-2)[0]
     W = (probe(torch.eye(6), l2=1e-2) - c).T  # linear: read off
@@ -927,15 +922,20 @@ def test_the_linear_probe_is_where_its_loss_has_no_slope():
     assert W.grad.abs().max() < 1e-3
 
 
-def test_tip_adapter_f_lowers_the_loss_of_images_that_it_has_not_in_its_keys():
+def test_tip_adapter_f_trains_keys_by_the_others_of_the_support():
     query, support, labels, text, scale = episode(8)
-    query, truth = support + 0.01, labels
-    losses = []
-    for steps in (0, 20):
-        args = (query, support, labels, text.roll(1, 0), scale)
-        scores = fs.tip_adapter_f(*args, a=1.0, b=5.0, lr=1e-2, steps=steps)
-        losses.append(F.cross_entropy(scores, truth))
-    assert losses[1] < losses[0]
+    steps = [
+        fs.tip_adapter_f(query, support, labels, text, scale, a=1.0, b=5.0, lr=1e-2, steps=n)
+        for n in (0, 1)
+    ]
+    torch.testing.assert_close(steps[0], fs.tip_adapter(query, support, labels, text, scale, 1, 5))
+    keys = support.clone().requires_grad_()  # one step of AdamW, whose decay is 0.01, by hand
+    near = (5 * (support @ keys.T - 1)).exp() * (1 - torch.eye(32))
+    scores = scale * support @ text.T + near @ F.one_hot(labels, 4).to(near)
+    (g,) = torch.autograd.grad(F.cross_entropy(scores, labels), keys)
+    keys = keys.detach() * (1 - 1e-2 * 1e-2) - 1e-2 * g / (g.abs() + 1e-4)
+    expected = fs.tip_adapter(query, keys, labels, text, scale, 1, 5)
+    torch.testing.assert_close(steps[1], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", fs.CLASSIFIERS)
@@ -944,9 +944,7 @@ def test_permuting_the_classes_permutes_the_scores(name):
     order = torch.tensor([2, 0, 3, 1])  # class c is called order[c]
     classify = partial(fs.CLASSIFIERS[name][0], query, support, scale=scale, **HYPER.get(name, {}))
     if name == "linear probe":
-        classify = partial(
-            fs.linear_probe, query.float(), support.float(), scale=scale, **HYPER[name]
-        )
+        classify = partial(classify.func, query.float(), support.float(), scale=scale, l2=1e-2)
         text = text.float()
     scores = classify(labels=labels, text=text)
     permuted = classify(labels=order[labels], text=text[order.argsort()])
@@ -1004,7 +1002,10 @@ def test_there_are_21_tasks_in_three_groups(all_cards):
     validated = {cards.names[i] for members in cards.validation.values() for i in members}
     new = names["combined"] | names["unseen"]
     assert names["seen"] <= trained and not new & (trained | validated)
-    assert all({*cc.split_words(name)} <= cards.vocabulary.keys() for name in names["combined"])
+    few = cc.Cards("cpu", cc.Settings(characters=200))
+    for data, found in ((cards, tasks), (few, fs.card_tasks(few))):
+        known = [name for task in found if task.group != "unseen" for (name,) in task.captions]
+        assert all({*cc.split_words(name)} <= data.vocabulary.keys() for name in known)
     assert sum(len(task.captions) for task in tasks) == len(names["seen"] | new)  # no class twice
 
 
@@ -1049,14 +1050,20 @@ def test_sample_efficiency_by_hand():
 
 
 def test_draws_of_one_training_run_count_as_one():
-    rows = [
-        ("clip", "a", "seen", "prototypes", 1, seed, value)
-        for seed, value in enumerate([1, 3, 5, 7])
-    ]
+    values = enumerate([1, 3, 5, 7])
+    rows = [("clip", "a", "seen", "prototypes", 1, seed, value) for seed, value in values]
     table, _ = fs.tabulate(rows, per_run=2)
     assert table["clip", "prototypes", 1].tolist() == [[2, 6]]
     table, _ = fs.tabulate(rows, per_run=4)
     assert table["clip", "prototypes", 1].tolist() == [[1, 3, 5, 7]]
+
+
+def test_the_table_of_gains_is_context_less_base(capsys):
+    base, context = np.array([[1.0, 2.0], [5.0, 6.0]]), np.array([[3.0, 4.0], [4.0, 5.0]])
+    table = {("clip", "prototypes", 4): base, ("clixp", "prototypes", 4): context}
+    fs.compare(table, "clip", "clixp", ["prototypes"], [4])
+    printed = capsys.readouterr().out
+    assert "+0.5 ± " in printed and "1 of 2" in printed and "nan" not in printed
 
 
 @pytest.fixture(scope="session")
@@ -1096,17 +1103,10 @@ def test_a_small_evaluation_from_end_to_end(trained, tmp_path, capsys):
     assert "clixp - clip" in printed and "GDA + text" in printed and "tasks gain" in printed
     first = (tmp_path / "fewshot.csv").read_text()
     rows = list(csv.DictReader(first.splitlines()))
-    assert (
-        len(rows) == 2 * 2 * (2 * 7 * 2) + 2 * 2
-    )  # models, seeds; tasks, methods, shots; zero-shot
+    assert len(rows) == 2 * 2 * (2 * 7 * 2) + 2 * 2  # models, seeds; tasks, methods, shots; text
     assert {row["task"] for row in rows if row["method"] == "zero-shot"} == {"digits"}
-    mean = np.mean(
-        [
-            float(r["accuracy"])
-            for r in rows
-            if (r["model"], r["method"], r["shots"]) == ("clip", "prototypes", "2")
-        ]
-    )
+    cell = {"model": "clip", "method": "prototypes", "shots": "2"}
+    mean = np.mean([float(row["accuracy"]) for row in rows if row.items() >= cell.items()])
     line = next(line for line in printed.splitlines() if line.startswith("prototypes"))
     assert line.split()[-1] == f"{mean:.1f}"
     for name in ("accuracy_vs_shots", "gain_per_task"):
@@ -1131,10 +1131,8 @@ def test_no_choice_depends_on_the_queries_that_are_reported(trained, monkeypatch
     tasks, validation = fs.card_tasks(cards, ["digits"]), fs.validation_tasks(cards)[:1]
     methods = ["rank vote", "Tip-Adapter"]
     _, hyper = fs.evaluate(models, tasks, validation, methods, [1, 2], [0], 2)
-    C = len(tasks[0].captions)
-    monkeypatch.setattr(
-        tasks[0], "draw", lambda seed, k, queries: torch.rand(queries + k, C, 1, 32, 32)
-    )
+    shape = (len(tasks[0].captions), 1, 32, 32)
+    monkeypatch.setattr(tasks[0], "draw", lambda seed, k, queries: torch.rand(queries + k, *shape))
     assert fs.evaluate(models, tasks, validation, methods, [1, 2], [0], 2)[1] == hyper
 
 
@@ -1167,25 +1165,18 @@ def test_plates_are_laid_over_own_images_in_their_shades(pictures, tmp_path, all
     assert torch.equal(plated[:, :, 13:19], images[:, :, 13:19])  # top or bottom, never the middle
 
 
-def test_own_images_on_the_command_line(trained, tmp_path, pictures, capsys):
+def test_own_images_on_the_command_line(trained, tmp_path, pictures, capsys, monkeypatch):
     for name in ("clip", "clixp"):
         shutil.copy(trained / f"{name}.pt", tmp_path)
-    small = [
-        "--shots",
-        "1",
-        "2",
-        "--queries",
-        "3",
-        "--seeds",
-        "2",
-        "--methods",
-        *fs.SIX,
-        "zero-shot",
-    ]
+    small = [*"--shots 1 2 --queries 3 --seeds 2 --methods zero-shot".split(), *fs.SIX]
     again = shutil.copytree(pictures, tmp_path / pictures.name)  # of the same name, another set
-    run_fewshot(tmp_path, "--data", str(pictures), str(again), "--plate", *small)
+    run_fewshot(tmp_path, "--data", str(pictures), str(again), *small)
     printed = capsys.readouterr().out
     assert " of 2" in printed
+    laid = []
+    monkeypatch.setattr(fs, "with_plates", lambda images, cards: laid.append(images) or images)
+    run_fewshot(tmp_path, "--data", str(pictures), "--plate", *small)
+    assert len(laid) == 1 and laid[0].shape == (30, 1, 32, 32)
     assert "zero-shot, own" in printed and "clixp - clip" in printed
     # a folder with parts: the test part, and it is said
     parts = tmp_path / "parts"
@@ -1233,6 +1224,13 @@ def test_bad_input_of_an_evaluation_is_one_line(trained, tmp_path, pictures, cap
     common = ["--out", tmp_path, "--checkpoint", trained / "clip.pt"]
     bad = partial(one_line, capsys)
     assert "no checkpoint" in bad("--out", tmp_path)
+    content = cc.read_checkpoint(trained / "clip.pt")
+    (tmp_path / "b").mkdir()
+    torch.save(content, tmp_path / "b" / "clixp.pt")
+    assert "different models" in bad("--checkpoint", trained / "clip.pt", tmp_path / "b/clixp.pt")
+    words = [*content["vocabulary"][:-1], "other"]
+    torch.save(content | {"vocabulary": words}, tmp_path / "b" / "clip.pt")
+    assert "different captions" in bad("--checkpoint", trained / "clip.pt", tmp_path / "b/clip.pt")
     assert "missing.pt" in bad("--checkpoint", tmp_path / "missing.pt")
     (tmp_path / "foreign.pt").write_bytes(b"x")
     assert "not a checkpoint" in bad("--checkpoint", tmp_path / "foreign.pt")
