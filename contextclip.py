@@ -209,7 +209,7 @@ def cnn(channels, size, width):
     """(B, channels, size, size) -> (B, d). No batch norm: an embedding depends on its image alone,
     context enters by the loss. No pooling: it would lose where on the card a digit stands."""
     inputs, side = width // 2, (size + 3) // 4
-    layers, plan = [nn.Conv2d(channels, inputs, 7, 4, padding=3)], [(inputs, 1), (inputs, 1)]
+    layers, plan = [nn.Conv2d(channels, inputs, 7, 4, padding=3)], [(inputs, 1)]
     while side > 4:  # (B, d/2, 8, 8) of a card becomes (B, d, 4, 4)
         plan += [(width, 2), (width, 1)]
         side = (side + 1) // 2
@@ -589,39 +589,42 @@ def uniform(low, high, *shape, device):
 
 def draw_cards(cards, characters, group):
     """One card each: the character somewhere, warped, under a plate with a random number of three
-    digits, both in random typefaces of the group and in random shades.
+    digits, both in random typefaces of the group, in random shades, with noise.
 
-    characters (B,) int64 -> images (B, 1, 32, 32) float32 in [0, 1], numbers (B, 3) int64.
+    characters (B,) int64 -> images (B, 1, 32, 32) float32 in about [0, 1], numbers (B, 3) int64.
     """
     B, faces = len(characters), FACE_SPLITS[group]
     random = partial(uniform, device=characters.device)
     dark, light = random(0, 0.3, B, 1, 1, 1), random(0.6, 1, B, 1, 1, 1)
     swap = random(0, 1, B, 1, 1, 1) < 0.5
     paper, pen = torch.where(swap, dark, light), torch.where(swap, light, dark)
+
     drawn = cards.drawn[characters, faces]
     face = (random(0, 1, *drawn.shape) * drawn).argmax(1) + faces.start  # one of those drawn
     ink = warp(cards.glyphs[characters, face][:, None] / 255)
     numbers = torch.randint(10, (B, 3), device=characters.device)
     images = torch.lerp(paper, pen, ink)
     lay_plates(images, cards, numbers, group, paper, pen)
-    return images, numbers
+
+    ramp = torch.linspace(-0.03, 0.03, SIZE, device=characters.device)
+    shade = random(-1, 1, B, 1, 1, 1) * ramp + random(-1, 1, B, 1, 1, 1) * ramp[:, None]
+    return images.add_(shade).add_(random(-0.02, 0.02, *images.shape)), numbers
 
 
 def warp(images):
-    """Turn (up to 0.15 radians), shear (0.2), scale (0.8 to 1.6), move (5 pixels) and bend: every
-    row slides along a wave of up to a pixel, and every column. images (B, 1, S, S) -> the same."""
+    """Turn (up to 0.15 radians), shear (0.2), scale (0.8 to 1.6), move (5 pixels) and bend (half a
+    pixel, at random on a grid of 4 x 4). images (B, 1, S, S) -> the same."""
     B, S, random = len(images), images.shape[-1], partial(uniform, device=images.device)
-    angle, shear = random(-0.15, 0.15, B, 1), random(-0.2, 0.2, B, 1)
-    scale = random(0.8, 1.6, B, 1)
+    angle, shear = random(-0.15, 0.15, B, 1, 1), random(-0.2, 0.2, B, 1, 1)
+    scale = random(0.8, 1.6, B, 1, 1)
     cos, sin = angle.cos() / scale, angle.sin() / scale
+    bend = F.interpolate(random(-1, 1, B, 2, 4, 4) / S, S, mode="bilinear", align_corners=True)
     pixels = (2 * torch.arange(S, device=images.device) + 1) / S - 1  # in half images
-    x = pixels + random(-10, 10, B, 1) / S  # (B, S)
-    y = pixels + random(-10, 10, B, 1) / S
-    wave_x = random(-2, 2, B, 1) / S * (4 * x + random(-3, 3, B, 1)).sin()
-    wave_y = random(-2, 2, B, 1) / S * (4 * y + random(-3, 3, B, 1)).sin()
+    x = pixels + random(-10, 10, B, 1, 1) / S
+    y = pixels[:, None] + random(-10, 10, B, 1, 1) / S
     grid = torch.empty(B, S, S, 2, device=images.device)  # where each pixel comes from: x, y
-    grid[..., 0] = (cos * x)[:, None] + ((shear / scale - sin) * y + wave_y)[:, :, None]
-    grid[..., 1] = (sin * x + wave_x)[:, None] + (cos * y)[:, :, None]
+    grid[..., 0] = cos * x + (shear / scale - sin) * y + bend[:, 0]
+    grid[..., 1] = sin * x + cos * y + bend[:, 1]
     return F.grid_sample(images, grid, align_corners=False)
 
 
@@ -876,7 +879,7 @@ class Photos:
 
 # ---- 7. Files and the command line ---------------------------------------------------------------
 
-FORMAT = "contextclip-4"  # of the checkpoints
+FORMAT = "contextclip-3"  # of the checkpoints
 KEYS = {"settings", "vocabulary", "fingerprint", "model", "optimizer", "log", "seconds", "result"}
 
 

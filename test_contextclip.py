@@ -1059,11 +1059,12 @@ def test_draws_of_one_training_run_count_as_one():
 
 
 def test_the_table_of_gains_is_context_less_base(capsys):
-    base, context = np.array([[1.0, 2.0], [5.0, 6.0]]), np.array([[3.0, 4.0], [4.0, 5.0]])
+    base = np.array([[1.0, 2.0], [5.0, 6.0], [1.0, 2.0]])
+    context = base + [[2], [-1], [2]]
     table = {("clip", "prototypes", 4): base, ("clixp", "prototypes", 4): context}
     fs.compare(table, "clip", "clixp", ["prototypes"], [4])
     printed = capsys.readouterr().out
-    assert "+0.5 ± " in printed and "1 of 2" in printed and "nan" not in printed
+    assert "+1.0 ± " in printed and "2 of 3" in printed and "nan" not in printed
 
 
 @pytest.fixture(scope="session")
