@@ -584,7 +584,7 @@ def prototypes(support, labels, classes):
 
 
 def uniform(low, high, *shape, device):
-    return low + (high - low) * torch.rand(shape, device=device)
+    return torch.rand(shape, device=device).mul_(high - low).add_(low)
 
 
 def draw_cards(cards, characters, group):

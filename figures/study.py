@@ -5,7 +5,8 @@
     python figures/study.py post         a finished base, continued without and with context
     python figures/study.py frontier     zero-shot against 16-shot in training; minutes.png: time
     python figures/study.py emergence    losses, temperatures, attention, accuracy in training
-    python figures/study.py attention    which cards an image attends to; where gradients flow
+    python figures/study.py attention    which cards an image attends to
+    python figures/study.py variance     what embeddings carry: the character, the number
     python figures/study.py cards        training cards with their captions
     python figures/study.py real         images of --data DIR [DIR ...] as they are and with plates
     python figures/study.py profile      where the time of a training step goes
@@ -115,8 +116,7 @@ def train(seed, folder="", init=None, **changes):
 # ---- Ablations and sweeps ------------------------------------------------------------------------
 ABLATIONS = {  # name: changed settings
     "base": {"objective": "clip"}, "no self-mask": {"no_mask": True}, "alpha 0.6": {"alpha": 0.6},
-    "shared temperature": {"shared_temperature": True},
-    "detached values": {"detach_values": True}, "normalised values": {"normalize_values": True},
+    "shared temperature": {"shared_temperature": True}, "detached values": {"detach_values": True},
 }  # fmt: skip
 
 
@@ -244,6 +244,25 @@ def show_emergence(rows, path):
     draw_panels(panels, path)
 
 
+@torch.no_grad()
+def measure_variance(args):
+    """Percent of the embeddings' variance that character, and number, explain linearly."""
+    for seed, objective in product(range(args.seeds), cc.CHOICES["objective"]):
+        path, cards = train(seed, objective=objective)
+        torch.manual_seed(1)
+        characters = torch.arange(100, device=cards.device).repeat(80)
+        images, numbers = cc.draw_cards(cards, cards.train[characters], "train")
+        model = cc.load(path, cards.device)
+        x = torch.cat([model.encode_image(part, normalize=True) for part in images.split(1000)])
+        x = (x - x.mean(0)).cpu()
+        row = {"objective": objective, "seed": f"{seed}"}
+        for name, causes in (("character", characters[:, None]), ("number", numbers)):
+            A = F.one_hot(causes).flatten(1).float().cpu()
+            fitted = A @ torch.linalg.lstsq(A, x).solution
+            row[name] = f"{100 * fitted.square().sum() / x.square().sum():.1f}"
+        yield row
+
+
 # ---- Pictures ------------------------------------------------------------------------------------
 def draw_grid(cells, size, path):
     """Write a picture of rows of cells (image (1, S, S), title, color of a frame)."""
@@ -257,33 +276,15 @@ def draw_grid(cells, size, path):
     fs.save_figure(figure, path)
 
 
-def split_gradient(model, cards):
-    """Of the context loss's gradient to raw image embeddings, the parts through values and through
-    queries and keys: squared norms in percent of the sum's, and the cosine between them."""
-    torch.manual_seed(1)
-    images, tokens = cards.draw_batch(DEFAULT, 0)
-    t, v = model.encode_text(tokens, normalize=True), model.encode_image(images)
-    values, others = v.clone().requires_grad_(), v.clone().requires_grad_()
-    x, i = F.normalize(others, dim=1), torch.arange(len(t), device=t.device)
-    tau_1, tau_2, tau_ctx, *_ = model.temperatures()
-    x_ctx = F.normalize(cc.contextualize(x, i, x, values, tau_ctx), dim=1)
-    loss = cc.clip_loss(x_ctx, t, i, x_ctx, t, tau_2).mean()
-    first, second = (g.flatten() for g in torch.autograd.grad(loss, (values, others)))
-    shares = [(100 * g @ g / (first + second).square().sum()).item() for g in (first, second)]
-    cosine = f"{F.cosine_similarity(first, second, dim=0):.2f}"
-    found = {"through values, %": shares[0], "queries and keys, %": shares[1], "cosine": cosine}
-    return found | {"tau_1": tau_1.item(), "tau_2": tau_2.item()}
-
-
 def draw_attention(args, path):
-    """Cards and the six that each attends to most, by base and context at the latter's tau_ctx:
-    green the same character, orange two digits in common; print shares and gradients."""
+    """Cards and the six each attends to most, at the context model's tau_ctx: green the same
+    character, orange two digits in common; print the shares."""
     rows, cells = [], [[] for _ in range(5)]
     for name in ("context", "base"):
         trained, cards = train(0, objective=OBJECTIVES[name])
         model = cc.load(trained, cards.device)
         if name == "context":
-            tau_ctx, gradient = model.temperatures()[2], split_gradient(model, cards)
+            tau_ctx = model.temperatures()[2]
         images, weights, same, digits = attend(model, cards, tau_ctx)
         for kind, there in (("the same character", same), ("two digits in common", digits)):
             rows.append({"model": name, "attention to": kind, "%": share(weights, there)})
@@ -293,7 +294,6 @@ def draw_attention(args, path):
                 color = COLORS[2] if same[query, i] else "#E69F00" if digits[query, i] else "white"
                 row.append((images[i], f"{100 * weights[query, i]:.1f} %", color))
     cc.print_table(rows)
-    cc.print_table([gradient])
     draw_grid(cells, (1, 1.2), path)
 
 
@@ -424,6 +424,7 @@ PICTURES = {"attention": draw_attention, "cards": draw_cards, "real": draw_real}
 STUDIES = {study: (partial(measure_sweep, study), show_sweep) for study in SWEEPS}
 STUDIES["frontier"] = (partial(measure_history, TAUS), show_frontier)
 STUDIES["emergence"] = (partial(measure_history, [str(DEFAULT.tau)]), show_emergence)
+STUDIES["variance"] = (measure_variance, show_table)
 STUDIES["profile"] = (measure_profile, show_table)
 STUDIES["speed"] = (measure_speed, show_table)
 
