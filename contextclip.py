@@ -953,6 +953,8 @@ def load(path, device="cpu"):
         vocabulary = {word: token for token, word in enumerate(content["vocabulary"])}
         model = ContextCLIP(settings, vocabulary)
         model.load_state_dict(content["model"])
+    if not content["result"]:
+        print(f"note: the training of {path} is not finished (step {content['log'][-1][0]})")
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 

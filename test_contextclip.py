@@ -768,7 +768,7 @@ def test_recall_equals_a_plain_loop(photos):
     assert data.validate(model) == pytest.approx(expected, abs=1e-3)
 
 
-def test_photos_train_resume_exactly_and_are_refused_when_changed(tmp_path, monkeypatch):
+def test_photos_train_resume_exactly_and_are_refused_when_changed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cc, "SAVE_EVERY", 10)
     data, paths = write_photos(tmp_path / "data"), [tmp_path / n / "clixp.pt" for n in "ab"]
     options = [*SMALL, "--data", str(data), "--batch-size", "8", "--objective", "clixp", "--out"]
@@ -776,6 +776,10 @@ def test_photos_train_resume_exactly_and_are_refused_when_changed(tmp_path, monk
     changes = {"data": str(data), "characters": 60, "batch_size": 8}
     with pytest.raises(ZeroDivisionError):
         train(photos_of(data), tmp_path / "b", watch=lambda step, _: 1 / (step - 30), **changes)
+    capsys.readouterr()
+    for path, note in zip(paths, ("", f"note: the training of {paths[1]} is not"), strict=True):
+        cc.load(path)
+        assert capsys.readouterr().out[: len(note) or 1] == note
     cc.main([*options, str(tmp_path / "b"), "--resume"])
     equal_runs(*paths)
     log = cc.read_checkpoint(paths[0])["log"]
@@ -1179,8 +1183,7 @@ def test_own_images_on_the_command_line(trained, tmp_path, pictures, capsys, mon
     run_fewshot(tmp_path, "--data", str(pictures), "--plate", *small)
     assert len(laid) == 1 and laid[0].shape == (30, 1, 32, 32)
     assert "zero-shot, own" in printed and "clixp - clip" in printed
-    # a folder with parts: the test part, and it is said
-    parts = tmp_path / "parts"
+    parts = tmp_path / "parts"  # of a folder with parts the test part, and it is said
     for part in ("train", "test"):
         shutil.copytree(pictures, parts / part)
     run_fewshot(tmp_path, "--data", str(parts), *small)
@@ -1192,13 +1195,12 @@ class FakeDigits(torch.utils.data.Dataset):
 
     def __init__(self, root, download, train):
         assert download and not train
-        self.targets = list(range(10)) * 4
 
     def __len__(self):
-        return len(self.targets)
+        return 40
 
     def __getitem__(self, i):
-        return Image.new("L", (16, 16), 5 * i), self.targets[i]
+        return Image.new("L", (16, 16), 5 * i), i % 10
 
 
 def test_torchvision_datasets_by_name(monkeypatch, tmp_path):
