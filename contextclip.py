@@ -52,7 +52,7 @@ class UserError(ValueError):
 class Settings:
     """All that decides what a run computes; every field is a flag, the comment its help."""
 
-    objective: str = "clip"  # clip, siglip, or with context clixp, siglixp
+    objective: str = "clip"  # clip, siglip, or with context clixp, siglixp; several: one,other
     data: str = ""  # your own images and captions, a folder or a table; else cards
     image_size: int = 32  # pixels that the encoder gets, both ways
     encoder: str = "cnn"  # of images: cnn, or any classification model of torchvision
@@ -99,9 +99,9 @@ RANGES = {
 
 
 # ---- 1. Contrastive losses -----------------------------------------------------------------------
-# x, t (b, d): normalised image and text embeddings, pair by pair; X, T (B, d): those of the whole
-# batch; row r of x is row i[r] of X. Usually they are the batch, and i = 0, 1, ... Returned is a
-# term per pair, (b,), in nats; the loss L is their mean.
+# x, t (n, d): normalised image and text embeddings, pair by pair; X, T (B, d): those of the whole
+# batch; row r of x is row i[r] of X. With one process and no --chunk n = B and i = 0, 1, ... The
+# result (n,) is a term per pair, in nats; the loss L is their mean. Only the sigmoid has a bias b.
 
 
 def clip_loss(x, t, i, X, T, tau, b=None):
@@ -126,8 +126,8 @@ def siglip_loss(x, t, i, X, T, tau, b):
 def attention(x, i, K, tau_ctx, mask=True):
     """softmax_j( x_i.K_j / (tau_ctx sqrt(d)) ): how much of image j goes into the context of i.
 
-    x (b, d) normalised, at the places i (b,) of the batch; keys K (B, d), the batch's normalised
-    embeddings -> (b, B), each row with sum 1; with `mask` its entry j = i is 0.
+    x (n, d) normalised, at the places i (n,) of the batch; keys K (B, d), the batch's normalised
+    embeddings -> (n, B), each row with sum 1; with `mask` its entry j = i is 0.
     """
     scores = x @ K.T / (tau_ctx * x.shape[1] ** 0.5)
     if mask:
@@ -138,7 +138,7 @@ def attention(x, i, K, tau_ctx, mask=True):
 def contextualize(x, i, K, V, tau_ctx, mask=True):
     """x_ctx_i = softmax_j( x_i.K_j / (tau_ctx sqrt(d)) ) V: an image rebuilt from the others.
 
-    Values V (B, d) are the batch's raw embeddings, not normalised; nor is x_ctx (b, d).
+    Values V (B, d) are the batch's raw embeddings, not normalised; nor is x_ctx (n, d).
     """
     return attention(x, i, K, tau_ctx, mask) @ V
 
@@ -146,7 +146,7 @@ def contextualize(x, i, K, V, tau_ctx, mask=True):
 def lixp_loss(v, t, model, settings):
     """L_LIxP = alpha L(X, T; tau_1) + (1 - alpha) L(X_ctx, T; tau_2); without context the first.
 
-    v, t (b, d) raw image and text embeddings; `model` has the temperatures. Gradients flow through
+    v, t (n, d) raw image and text embeddings; `model` has the temperatures. Gradients flow through
     queries, keys and values. Returns (3,) nats: the loss, its plain and its context term or 0.
     """
     x, t = F.normalize(v, dim=1), F.normalize(t, dim=1)
@@ -154,9 +154,9 @@ def lixp_loss(v, t, model, settings):
     i = torch.arange(len(x), device=x.device) + len(x) * RANK
     tau_1, tau_2, tau_ctx, b_1, b_2 = model.temperatures()
     loss = siglip_loss if settings.sigmoid else clip_loss
-    rows = partial(in_blocks, settings.chunk)
+    blockwise = partial(in_blocks, settings.chunk)
 
-    plain = rows(loss, (x, t, i), X, T, tau_1, b_1).mean()
+    plain = blockwise(loss, (x, t, i), X, T, tau_1, b_1).mean()
     if not settings.context:
         return torch.stack((plain, plain, 0 * plain))
 
@@ -166,9 +166,9 @@ def lixp_loss(v, t, model, settings):
         V = X
     if settings.detach_values:
         V = V.detach()
-    x_ctx = rows(contextualize, (x, i), X, V, tau_ctx, not settings.no_mask)
+    x_ctx = blockwise(contextualize, (x, i), X, V, tau_ctx, not settings.no_mask)
     x_ctx = F.normalize(x_ctx, dim=1)  # our reading
-    context = rows(loss, (x_ctx, t, i), gather(x_ctx), T, tau_2, b_2).mean()
+    context = blockwise(loss, (x_ctx, t, i), gather(x_ctx), T, tau_2, b_2).mean()
     return torch.stack((settings.alpha * plain + (1 - settings.alpha) * context, plain, context))
 
 
@@ -338,7 +338,7 @@ def seed_step(settings, step):
 
 
 def learning_rate(step, settings):
-    """A linear warm-up over a twentieth of the steps, then a cosine to 0."""
+    """The smaller of a linear warm-up over a twentieth of the steps and a cosine to 0."""
     warmup = step / max(1, settings.steps // 20)
     return settings.lr * min(warmup, (1 + math.cos(math.pi * (step - 1) / settings.steps)) / 2)
 
@@ -347,16 +347,18 @@ def start(settings, data, init, saved, compile):
     """A model, its form for several processes and its optimiser: new, or of a checkpoint's content,
     `init` for post-training, `saved` to go on. Raises UserError."""
     torch.manual_seed(settings.seed)
-    model, content = ContextCLIP(settings, data.vocabulary), saved or init
-    tau_ctx = model.log_tau.data[2].clone()
+    model = ContextCLIP(settings, data.vocabulary)
+    content = saved or init
     if content and content["vocabulary"] != list(data.vocabulary):
         raise UserError("--init, --resume: the checkpoint has another vocabulary")
     if content:
         with blame("--init, --resume: the checkpoint does not fit"):
             model.load_state_dict(content["model"])
     if init and not saved and not init["settings"]["objective"].endswith("xp"):
-        model.log_tau.data[1:] = torch.stack((model.log_tau.data[0], tau_ctx))
-        model.b.data[1] = model.b.data[0]  # a base has learned tau_1 and b_1 alone
+        # a base has learned tau_1 and b_1 alone: tau_2 and b_2 copy them, tau_ctx starts anew
+        model.log_tau.data[1] = model.log_tau.data[0]
+        model.log_tau.data[2] = math.log(settings.tau_ctx / settings.width**0.5)
+        model.b.data[1] = model.b.data[0]
     if PROCESSES > 1 and data.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(data.device, memory_format=torch.channels_last)
@@ -388,9 +390,8 @@ def train(settings, data, out, resume=False, init=None, compile=False, watch=Non
     total, logged, begin = 0, log[-1][0] if log else 0, time.perf_counter()
     chance = math.log(B) + settings.sigmoid  # about the loss of a model that knows no pair
     print(f"{settings.objective}: {data.device}, {data.about}; loss at chance {chance:.2f}")
-    bar = tqdm(
-        range(logged + 1, steps + 1), settings.objective, steps, initial=logged, disable=None
-    )
+    remaining = range(logged + 1, steps + 1)
+    bar = tqdm(remaining, settings.objective, steps, initial=logged, disable=None)
     for step in bar:
         seed_step(settings, step)
         images, tokens = data.draw_batch(settings, step)
@@ -435,7 +436,7 @@ def use_bf16(precision, device):
 
 # ---- 5. Cards ------------------------------------------------------------------------------------
 
-FACES = [  # typefaces that come with matplotlib
+FACES = [  # typefaces that come with matplotlib, in the order that FACE_SPLITS cuts
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold",
     "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique", "DejaVuSerif", "DejaVuSerif-Bold",
     "DejaVuSerif-Italic", "DejaVuSans-BoldOblique", "DejaVuSerif-BoldItalic",
@@ -473,8 +474,8 @@ def render(text, font, height, width):
 class Cards:
     """Every character that at least four of the typefaces have: N characters, 16 typefaces.
 
-    index {character: number}, names (N,), glyphs (N, 16, 32, 32) uint8, drawn (N, 16): which there
-    are, digits (10, 16, 9, 8) uint8; train: numbers of characters, validation {task: numbers};
+    index {character: row}, names (N,), glyphs (N, 16, 32, 32) uint8, drawn (N, 16): which there
+    are, digits (10, 16, 9, 8) uint8; train: rows of characters, validation {task: rows};
     words (N, L + 4): tokens of the names, with room for a card's number.
     """
 
@@ -678,17 +679,17 @@ def read_table(table):
     if not all(known):
         raise ValueError(f"it begins {lines[0][:60]!r}; unpack .tar and .parquet")
     image, caption = (header.index(names[0]) for names in known)
-    rows, line = [], 1
-    while line < len(lines):
+    broken, rows, line = [""], [], 1
+    while line < len(lines):  # a caption in quotes may go over several lines, 50 at most
         window = lines[line : line + 50]
         reader = csv.reader(window, delimiter=delimiter, strict=True, quoting=quoting)
-        row, used = [""], 1  # what follows a quote that is not closed are rows of their own
+        row, used = broken, 1  # a quote that is never closed breaks its own line only
         with contextlib.suppress(csv.Error):
             row, used = next(reader), reader.line_num
-        for inside in lines[line + 1 : line + used]:  # nor are rows within a quote its caption
+        for inside in lines[line + 1 : line + used]:  # a quote that swallows whole rows is one
             cells = inside.split(delimiter)
             if len(cells) == len(header) and re.search(r"\.\w{3,4}$", cells[image].strip()):
-                row, used = [""], 1
+                row, used = broken, 1
         if len(row) == len(header):
             rows.append((row[image].strip(), row[caption], line + 1))
         elif row:
@@ -810,7 +811,7 @@ class Photos:
             try:
                 return (255 * fit(paths[name])).byte()
             except Exception as error:
-                bad.append(f"{paths[name]} cannot be read ({first_line(error)})")
+                bad.append(f"{paths[name]} cannot be read ({in_one_line(error)})")
 
         with ThreadPoolExecutor() as pool:
             images = pool.map(decode, captions)
@@ -836,9 +837,8 @@ class Photos:
         self.counts = torch.tensor(counts, device=device)
         self.words = pad_sequence(tokens.split(counts), batch_first=True).to(device)
         self.images = torch.stack(list(images.values()))
-        self.fingerprint = zlib.crc32(
-            self.images.numpy(), zlib.crc32(repr((captions, train)).encode())
-        )
+        texts = zlib.crc32(repr((captions, train)).encode())
+        self.fingerprint = zlib.crc32(self.images.numpy(), texts)
         self.images = self.images.to(device)
 
     def draw_batch(self, settings, step):
@@ -889,10 +889,10 @@ def blame(what):
     try:
         yield
     except Exception as error:
-        raise UserError(f"{what}: {first_line(error)}") from None
+        raise UserError(f"{what}: {in_one_line(error)}") from None
 
 
-def first_line(error):
+def in_one_line(error):
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
@@ -1006,7 +1006,8 @@ def print_table(rows):
 
 @contextlib.contextmanager
 def errors_in_one_line(program):
-    """What a user can mend is one line and exit status 2; of several processes the first speaks."""
+    """What a user can mend is one line and exit status 2. Of several processes only the first
+    reports a user's error."""
     status, message = 2, ""
     try:
         with contextlib.suppress(AttributeError):  # of a notebook
@@ -1024,7 +1025,7 @@ def errors_in_one_line(program):
     except (MemoryError, RuntimeError) as error:
         if "memory" not in repr(error).lower() and PROCESSES == 1:
             raise
-        message = f"process {RANK}: " * (PROCESSES > 1) + first_line(error)
+        message = f"process {RANK}: " * (PROCESSES > 1) + in_one_line(error)
     if message:
         print(f"{program}: {message}", file=sys.stderr)
     sys.exit(status)
@@ -1041,10 +1042,9 @@ def make_parser():
     add = parser.add_argument
     for field in fields(Settings):
         kind = {"type": field.type, "metavar": "X"}
-        kind = {"action": "store_true"} if field.type is bool else kind
-        text = f"{helps[field.name]} ({field.default})"
-        if field.name == "objective":
-            text = f"{helps[field.name]}, or several in turn (clip,clixp)"
+        if field.type is bool:
+            kind = {"action": "store_true"}
+        text = f"{helps[field.name]} (%(default)s)"
         add(f"--{field.name.replace('_', '-')}", default=field.default, help=text, **kind)
     parser.set_defaults(objective="clip,clixp")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (auto)")
@@ -1072,16 +1072,14 @@ def main(arguments=None):
     if args.batch_size % PROCESSES:
         raise UserError(f"--batch-size {args.batch_size}: not a multiple of {PROCESSES} processes")
     init = read_checkpoint(args.init) if args.init else None
-    lock = make_writable(args.out) if RANK == 0 else None
+    lock = make_writable(args.out) if RANK == 0 else contextlib.nullcontext()
     try:
-        data = Photos(device, runs[0], args.skip_bad) if args.data else Cards(device, runs[0])
-        results = [train(s, data, args.out, args.resume, init, args.compile) for s in runs]
+        with lock:
+            data = Photos(device, runs[0], args.skip_bad) if args.data else Cards(device, runs[0])
+            results = [train(s, data, args.out, args.resume, init, args.compile) for s in runs]
     except KeyboardInterrupt:
         command = shlex.join(["python", *sys.argv, *["--resume"] * (not args.resume)])
         raise KeyboardInterrupt(f"stopped; every hundredth step is saved: {command}") from None
-    finally:
-        if lock:
-            lock.close()
     print_table(results)
     more = " --data FOLDER" if args.data else ""
     print(f"next: python fewshot.py --out {shlex.quote(str(args.out))}{more}")

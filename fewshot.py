@@ -16,7 +16,7 @@ import json
 import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Callable
@@ -56,8 +56,8 @@ def tip_adapter(query, support, labels, text, scale, a, b):
 def tip_x(query, support, labels, text, scale, a, b, g, temp=0.1):
     """Tip-Adapter + g R(-KL(p_query || p_support)) Y_s with p = softmax(x T^t / temp); R stretches
     a query's row into the range of its cosines (Udandarao et al. 2023)."""
-    log_p, log_s = (F.log_softmax(x @ text.T / temp, dim=1) for x in (query, support))
-    affinity = log_p.exp() @ log_s.T  # -KL up to a constant of the row, which R removes
+    log_q, log_s = (F.log_softmax(x @ text.T / temp, dim=1) for x in (query, support))
+    affinity = log_q.exp() @ log_s.T  # -KL up to a constant of the row, which R removes
     low, high = affinity.aminmax(dim=1, keepdim=True)
     start, end = (query @ support.T).aminmax(dim=1, keepdim=True)
     affinity = start + (affinity - low) / (high - low).clamp_min(1e-6) * (end - start)
@@ -98,9 +98,8 @@ def gda(query, support, labels, text, scale, shrink, s=0.0):
 @torch.enable_grad()
 def linear_probe(query, support, labels, text, scale, l2):
     """x W^t + c of the least mean cross-entropy of the support + l2 |W|^2 / 2."""
-    W, c = (
-        torch.zeros(n, device=query.device, requires_grad=True) for n in (text.shape, len(text))
-    )
+    W = torch.zeros_like(text, requires_grad=True)
+    c = torch.zeros_like(text[:, 0], requires_grad=True)
     optimizer = torch.optim.LBFGS([W, c], max_iter=40, line_search_fn="strong_wolfe")
 
     def loss():
@@ -186,7 +185,8 @@ MOST = 40  # classes of a task
 @dataclass
 class Task:
     """captions: a list for each of C classes. draw(seed, shots, queries) -> (queries + shots, C,
-    1 or 3, S, S) images, first the queries, whatever the shots; fewer shots begin like more."""
+    1 or 3, S, S) images: the queries, the same for any number of shots; then the support, of which
+    fewer shots are the first of more."""
 
     name: str
     group: str
@@ -213,16 +213,15 @@ def card_tasks(cards, names=TASKS):
     """The built-in tasks. Seen and combined characters are drawn in STIX, never trained; the other
     scripts exist in DejaVu alone: there the characters are new, the typefaces are not."""
     tasks, trained = [], set(cards.train.tolist())
-    for name in names:
+    for name in dict.fromkeys(names):
         group, start = TASKS[name]
         faces = "train" if group == "unseen" else "test"
         has = cards.drawn[:, cc.FACE_SPLITS[faces]].any(1).tolist()
         members = []
         for character, i in cards.index.items():
             new = cc.split_of(character, cards.names[i]) == "test"
-            fits = (
-                i in trained if group == "seen" else new and (group == "unseen" or cards.knows(i))
-            )
+            known = group == "unseen" or cards.knows(i)
+            fits = i in trained if group == "seen" else new and known
             if fits and has[i] and re.match(start, f"{character} {cards.names[i]}"):
                 members.append(i)
         members.sort(key=lambda i: zlib.crc32(cards.names[i].encode()))
@@ -278,7 +277,7 @@ def open_dataset(source, root):
 
 def spell(name):
     """A class's name in a caption: of "0 - zero" and ("zero", "nought") the word, of "0" too."""
-    name = str(name[0] if isinstance(name, tuple) else name).split(" - ")[-1].replace("_", " ")
+    name = re.sub(r"^\d - ", "", name[0] if isinstance(name, tuple) else name).replace("_", " ")
     return cc.NUMERALS[int(name)] if name in list("0123456789") else name
 
 
@@ -295,7 +294,7 @@ def read_images(source, args, settings):
         except Exception as error:
             if not args.skip_bad:
                 path = dataset.samples[i][0] if hasattr(dataset, "samples") else f"{source}, {i}"
-                raise cc.UserError(f"{path} cannot be read ({cc.first_line(error)})") from None
+                raise cc.UserError(f"{path} cannot be read ({cc.in_one_line(error)})") from None
             left_out += 1
     if left_out:
         print(f"{source}: {left_out} images that cannot be read are left out")
@@ -327,7 +326,8 @@ def with_plates(images, cards):
     """A number plate over each image (N, 1, 32, 32), in its own shades: the median and the value
     farthest from it."""
     torch.manual_seed(0)
-    images, flat = images.to(cards.device, copy=True), images.to(cards.device).flatten(1)
+    images = images.to(cards.device, copy=True)
+    flat = images.flatten(1)
     paper = flat.median(dim=1, keepdim=True).values
     pen = flat.gather(1, (flat - paper).abs().argmax(dim=1, keepdim=True))
     numbers = torch.randint(10, (len(images), 3), device=cards.device)
@@ -367,9 +367,7 @@ def choose_hyperparameters(method, embedded, shots):
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     chosen = {}
     for k in [0] if method == "zero-shot" else shots:
-        means = [0.0]
-        if len(points) > 1:
-            means = [np.mean([accuracy(method, e, k, point) for e in embedded]) for point in points]
+        means = [np.mean([accuracy(method, e, k, point) for e in embedded]) for point in points]
         chosen[k] = points[int(np.argmax(means))]
     return chosen
 
@@ -421,9 +419,7 @@ def interval(values):
     rest = values - values.mean()
 
     def variance(sums):  # of the mean, from independent sums of deviations
-        return (
-            (sums**2).sum() / values.size**2 * len(sums) / (len(sums) - 1) if len(sums) > 1 else 0
-        )
+        return (sums**2).sum() / values.size**2 * len(sums) / max(1, len(sums) - 1)
 
     tasks, seeds = variance(rest.sum(1)), variance(rest.sum(0))
     freedom = min((n - 1 for n in values.shape if n > 1), default=0)
@@ -433,7 +429,8 @@ def interval(values):
 
 def tabulate(rows, per_run):
     """{(model, method, shots): accuracies (tasks, runs)} and {key: groups of its tasks}; the
-    `per_run` draws of images of a training run count as one, their mean."""
+    `per_run` draws of images of a training run count as one, their mean; with one training run the
+    draws stand for runs."""
     cells, table, groups = {}, {}, {}
     for model, task, group, method, shots, _, value in rows:
         cells.setdefault((model, method, shots), {}).setdefault((task, group), []).append(value)
@@ -452,12 +449,13 @@ def tabulate(rows, per_run):
 def efficiency(base, context, shots):
     """Sample efficiency at each number of shots k: how many shots the base needs for the accuracy
     of context with k, read off its curve over log2 shots, divided by k; inf beyond its most, and
-    below its fewest no less than 1 / k."""
+    below its fewest the fewest / k."""
     needed = np.interp(context, np.maximum.accumulate(base), np.log2(shots), right=np.inf)
     return 2**needed / np.array(shots)
 
 
-def signed(mean, width):
+def signed(values):
+    mean, width = interval(values)
     return f"{mean:+.1f} ± {width:.1f}".removesuffix(" ± nan")
 
 
@@ -483,24 +481,19 @@ def report(table, groups, shots):
 def compare(table, base, context, methods, shots):
     """Print what context adds to its base, with intervals."""
     gains = {key[1:]: table[key] - table[base, *key[1:]] for key in table if key[0] == context}
+    title = f"{context} - {base}"
     if ("zero-shot", 0) in gains:
-        print(
-            f"\n{context} - {base}, zero-shot, known words:",
-            signed(*interval(gains["zero-shot", 0])),
-        )
+        print(f"\n{title}, zero-shot, known words:", signed(gains["zero-shot", 0]))
     if not methods:
         return
-    title = f"{context} - {base}"
-    rows = [
-        {title: m} | {f"{k}-shot": signed(*interval(gains[m, k])) for k in shots} for m in methods
-    ]
+    rows = [{title: m} | {f"{k}-shot": signed(gains[m, k]) for k in shots} for m in methods]
     m = MEAN if MEAN in methods else methods[-1]
     tasks = {f"{k}-shot": f"{(gains[m, k].mean(1) > 0).sum()} of {len(gains[m, k])}" for k in shots}
     cc.print_table([*rows, {title: f"tasks gain, {m}"} | tasks])
     if MEAN in methods:
         several = [k for k in shots if k >= 4] or shots
         mean = sum(gains[MEAN, k] for k in several) / len(several)
-        print(f"{MEAN}, {several[0]} to {several[-1]} shots together:", signed(*interval(mean)))
+        print(f"{MEAN}, {several[0]} to {several[-1]} shots together:", signed(mean))
         curves = [[table[model, MEAN, k].mean() for k in shots] for model in (base, context)]
         times = zip(shots, efficiency(*curves, shots), strict=True)
         print("sample efficiency:", ", ".join(f"{k}-shot {time:.2f}" for k, time in times))
@@ -533,10 +526,8 @@ def draw_curves(table, groups, shots, path):
 def draw_gains(table, groups, tasks, base, context, k, path):
     """The gain of context, one bar per task, sorted, with intervals over runs."""
     gains = table[context, MEAN, k] - table[base, MEAN, k]
-    bars = [
-        (*interval(g[None]), *rest)
-        for g, *rest in zip(gains, tasks, groups[base, MEAN, k], strict=True)
-    ]
+    kinds = groups[base, MEAN, k]
+    bars = [(*interval(g[None]), *rest) for g, *rest in zip(gains, tasks, kinds, strict=True)]
     figure = Figure((6.5, 0.9 + 0.24 * len(bars)), layout="constrained")
     axis = figure.subplots()
     colors = {"seen": ("#0072B2", ""), "combined": ("#E69F00", "//"), "unseen": ("#009E73", "..")}
@@ -571,8 +562,9 @@ def load_runs(paths, device):
     runs = list(runs.values())
     if any(run.keys() != runs[0].keys() for run in runs):
         raise cc.UserError("the folders of these checkpoints hold different models")
-    if len({tuple(model.vocabulary) for run in runs for model in run.values()}) > 1:
-        raise cc.UserError("these models learned different captions: evaluate them one by one")
+    models = [model for run in runs for model in run.values()]
+    if len({(*model.vocabulary, model.settings.image_size) for model in models}) > 1:
+        raise cc.UserError("these models learned different captions or image sizes: one by one")
     return runs
 
 
@@ -604,14 +596,16 @@ def main(arguments=None):
     shots, device = sorted(set(args.shots)), cc.choose_device(args.device)
     paths = args.checkpoint or sorted(args.out.glob("*.pt"))
     if not paths:
-        raise cc.UserError(
-            f"there is no checkpoint in {args.out}: python contextclip.py trains some"
-        )
+        raise cc.UserError(f"no checkpoint in {args.out}: python contextclip.py trains some")
     runs = load_runs(paths, device)
     settings = next(iter(runs[0].values())).settings
     args.out.mkdir(parents=True, exist_ok=True)
+    if settings.data and args.plate:
+        raise cc.UserError("--plate: only for models of cards")
     if settings.data and not args.data:
         raise cc.UserError("these models were trained on images of your own: what is --data?")
+    if args.plate:  # made for 32 pixels; models of another size resize the images
+        settings = replace(settings, image_size=cc.SIZE)
     read = {source: read_images(source, args, settings) for source in args.data}
     if settings.data:  # hyper-parameters are chosen on half of the images of each class
         tasks = [image_task(source, args, *read[source], slice(0, None, 2)) for source in read]
@@ -640,7 +634,8 @@ def main(arguments=None):
         draw_curves(table, groups, shots, args.out / "accuracy_vs_shots.png")
         names = [task.name for task in tasks]
         k = max([k for k in shots if k <= 16], default=shots[0])
-        for base, context in [(BASES[m], m) for m in runs[0] if BASES.get(m) in runs[0]][:1]:
+        pairs = [(BASES[m], m) for m in runs[0] if BASES.get(m) in runs[0]]
+        for base, context in pairs[:1]:  # one figure
             draw_gains(table, groups, names, base, context, k, args.out / "gain_per_task.png")
 
 

@@ -171,7 +171,7 @@ def show_sweep(rows, path):
             first, second = (np.array(list(table[str(k), name].values())) for name in names)
             mean, width = fs.interval(second - first)
             found.append((first.mean(), second.mean(), mean, width))
-            gain = fs.signed(mean, width)
+            gain = fs.signed(second - first)
             line[f"{shots}: {', '.join(names)}"] = f"{found[-1][0]:.1f}, {found[-1][1]:.1f}, {gain}"
         _, _, *gains = np.nan_to_num(found).T
         x = [of.replace(" ", "\n") for of in cells]
@@ -244,7 +244,6 @@ def show_emergence(rows, path):
     draw_panels(panels, path)
 
 
-@torch.no_grad()
 def measure_variance(args):
     """Percent of the embeddings' variance that character, and number, explain linearly."""
     for seed, objective in product(range(args.seeds), cc.CHOICES["objective"]):
