@@ -229,7 +229,10 @@ def torchvision_encoder(name, weights, size, width):
             raise ValueError("torchvision has no classification model of that name")
         of_size = {"image_size": size} if name.startswith("vit") else {}
         model = models.get_model(name, weights=weights, **of_size)
-        model.aux_logits = False  # GoogLeNet's further outputs
+        model.aux_logits = False
+        for part in ("aux1", "aux2", "AuxLogits"):  # GoogLeNet's and Inception's further outputs
+            if hasattr(model, part):
+                setattr(model, part, None)
         model = nn.Sequential(model, nn.Linear(1000, width)).eval()
         model(torch.zeros(1, 3, size, size))
         return model.train()
