@@ -556,7 +556,7 @@ class Cards:
         for task, members in self.validation.items():
             C, labels = len(members), torch.arange(len(members), device=self.device)
             images, _ = draw_cards(self, members.repeat(queries + max(shots)), "validation")
-            x = torch.cat([model.encode_image(part, normalize=True) for part in images.split(1024)])
+            x = embed_images(model, images)
             query, support = x.split([queries * C, max(shots) * C])
             classes = {}
             if task == "combinations":
@@ -569,12 +569,18 @@ class Cards:
         return {name: sum(values) / len(values) for name, values in found.items()}
 
 
+def embed_images(model, images):
+    """images (N, 1 or 3, S, S) -> x (N, d) normalised, in parts that fit in memory."""
+    return torch.cat([model.encode_image(part, normalize=True) for part in images.split(1024)])
+
+
 def embed_classes(model, captions):
     """C lists of captions -> T (C, d) normalised, the mean of each. Models of cards get a caption
     ten times, number_share of them with a number; at 1 every digit comes once in every place."""
     share = 0 if model.settings.data else model.settings.number_share
-    numbers = [" ".join(NUMERALS[(i + shift) % 10] for shift in (0, 3, 6)) for i in range(10)]
-    ends = [f", number {n}" if i < round(10 * share) else "" for i, n in enumerate(numbers)]
+    ends = [""] * (1 if model.settings.data else 10)
+    for i in range(round(10 * share)):
+        ends[i] = ", number " + " ".join(NUMERALS[(i + shift) % 10] for shift in (0, 3, 6))
     T = []
     for texts in captions:
         tokens = tokenize([text + end for text in texts for end in ends], model.vocabulary)

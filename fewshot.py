@@ -72,12 +72,14 @@ def vote(query, support, labels, text, scale, k, weight):
     k = min(k, len(labels))
     cosines, nearest = (query @ support.T).topk(k)
     ranks = torch.arange(k, device=query.device).expand_as(cosines)
-    weights = {
-        "plurality": 1 + (k - ranks) / (k * (k + 1)),
-        "softmax": (cosines / 0.07).exp(),
-        "rank": 1 / (2 + ranks),
-    }[weight].to(query)
-    return torch.zeros(len(query), len(text)).to(query).scatter_add_(1, labels[nearest], weights)
+    if weight == "plurality":
+        weights = 1 + (k - ranks) / (k * (k + 1))
+    elif weight == "softmax":
+        weights = (cosines / 0.07).exp()
+    else:
+        weights = 1 / (2 + ranks)
+    votes = torch.zeros(len(query), len(text)).to(query)
+    return votes.scatter_add_(1, labels[nearest], weights.to(query))
 
 
 def gda(query, support, labels, text, scale, shrink, s=0.0):
@@ -195,7 +197,7 @@ class Task:
 
 
 def card_task(cards, name, group, members, faces):
-    """A task of cards of some characters (their numbers), in typefaces of one of cc.FACE_SPLITS."""
+    """A task of cards of some characters (their rows), in typefaces of one of cc.FACE_SPLITS."""
     members = torch.as_tensor(members, device=cards.device)
 
     def draw(seed, shots, queries):
@@ -241,7 +243,10 @@ def validation_tasks(cards):
 # ---- 3. Your own images --------------------------------------------------------------------------
 
 
-TEST, UPRIGHT = {"train": False}, partial(Image.Image.transpose, method=Image.Transpose.TRANSPOSE)
+TEST = {"train": False}
+UPRIGHT = partial(
+    Image.Image.transpose, method=Image.Transpose.TRANSPOSE
+)  # EMNIST lies on its side
 DATASETS = {  # of torchvision: how its test part is had
     "MNIST": TEST, "FashionMNIST": TEST, "KMNIST": TEST, "QMNIST": TEST, "USPS": TEST,
     "EMNIST": TEST | {"split": "letters", "transform": UPRIGHT}, "CIFAR10": TEST, "CIFAR100": TEST,
@@ -342,9 +347,9 @@ def with_plates(images, cards):
 @torch.no_grad()
 def embed(model, task, seed, shots, queries):
     """(query (queries C, d), support (shots C, d), text (C, d), tau_1); row r is of class r % C."""
-    images, C = task.draw(seed, shots, queries).to(model.b.device), len(task.captions)
-    x = [model.encode_image(part, normalize=True) for part in images.flatten(0, 1).split(1024)]
-    query, support = torch.cat(x).split([queries * C, shots * C])
+    C, images = len(task.captions), task.draw(seed, shots, queries).flatten(0, 1)
+    x = cc.embed_images(model, images.to(model.b.device))
+    query, support = x.split([queries * C, shots * C])
     tau = model.temperatures()[0].item()
     return query, support, cc.embed_classes(model, task.captions), tau
 
@@ -464,10 +469,11 @@ def report(table, groups, shots):
     models, methods = (list(dict.fromkeys(key[i] for key in table)) for i in (0, 1))
     methods = [method for method in methods if method != "zero-shot"]
     for model in models:
-        means = {(m, k): table[model, m, k].mean() for m in methods for k in shots}
         if methods:
             print()
-            rows = [{model: m} | {f"{k}-shot": means[m, k] for k in shots} for m in methods]
+            rows = []
+            for m in methods:
+                rows.append({model: m} | {f"{k}-shot": table[model, m, k].mean() for k in shots})
             cc.print_table(rows)
         if (model, "zero-shot", 0) in table:
             accuracies, kinds = table[model, "zero-shot", 0], groups[model, "zero-shot", 0]

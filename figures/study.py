@@ -164,18 +164,15 @@ def show_sweep(rows, path):
         tasks = cells.setdefault(row["of"], {}).setdefault((row["shots"], row["model"]), {})
         tasks.setdefault(row["task"], []).append(float(row["accuracy"]))
     lines = [{path.stem: of} for of in cells]
-    panel = []
+    x, panel = [of.replace(" ", "\n") for of in cells], []
     for (shots, k), color in zip(SHOTS.items(), COLORS, strict=True):
         found = []
         for line, table in zip(lines, cells.values(), strict=True):
             first, second = (np.array(list(table[str(k), name].values())) for name in names)
-            mean, width = fs.interval(second - first)
-            found.append((first.mean(), second.mean(), mean, width))
-            gain = fs.signed(second - first)
-            line[f"{shots}: {', '.join(names)}"] = f"{found[-1][0]:.1f}, {found[-1][1]:.1f}, {gain}"
-        _, _, *gains = np.nan_to_num(found).T
-        x = [of.replace(" ", "\n") for of in cells]
-        panel.append((shots, x, *gains, "s-", color))
+            found.append(fs.interval(second - first))
+            means = f"{first.mean():.1f}, {second.mean():.1f}"
+            line[f"{shots}: {', '.join(names)}"] = f"{means}, {fs.signed(second - first)}"
+        panel.append((shots, x, *np.nan_to_num(found).T, "s-", color))
     cc.print_table(lines)
     draw_panels({(path.stem, f"{names[1]} - {names[0]}, points of accuracy"): panel}, path)
 
@@ -252,7 +249,7 @@ def measure_variance(args):
         characters = torch.arange(100, device=cards.device).repeat(80)
         images, numbers = cc.draw_cards(cards, cards.train[characters], "train")
         model = cc.load(path, cards.device)
-        x = torch.cat([model.encode_image(part, normalize=True) for part in images.split(1000)])
+        x = cc.embed_images(model, images)
         x = (x - x.mean(0)).cpu()
         row = {"objective": objective, "seed": f"{seed}"}
         for name, causes in (("character", characters[:, None]), ("number", numbers)):
@@ -301,9 +298,10 @@ def draw_cards(args, path):
     cards, cells = cc.Cards(cc.choose_device(), DEFAULT), []
     torch.manual_seed(0)
     images, tokens = cards.draw_batch(replace(DEFAULT, batch_size=18), 0)
+    words = list(cards.vocabulary)
     for image, row in zip(images, tokens.tolist(), strict=True):
-        text = " ".join(list(cards.vocabulary)[token] for token in row if token)
-        cells.append((image, textwrap.fill(text.replace(" number", ", number"), 25), "white"))
+        text = " ".join(words[token] for token in row if token).replace(" number", ", number")
+        cells.append((image, textwrap.fill(text, 25), "white"))
     draw_grid([cells[:6], cells[6:12], cells[12:]], (1.9, 2.3), path)
 
 
@@ -314,7 +312,6 @@ def draw_real(args, path):
         dataset = fs.open_dataset(source, Path("runs/data"))
         places = np.linspace(0, len(dataset) - 1, 6).astype(int).tolist()
         images = torch.stack([fit(dataset[i][0]) for i in places])
-        torch.manual_seed(0)
         images = [*images, *fs.with_plates(images, cards)]
         cells.append([(image, Path(source).name, "white") for image in images])
     draw_grid(cells, (1, 1.2), path)
@@ -403,7 +400,8 @@ def make_steps(started, batches):
 
 def measure_speed(args):
     """Images/s of training, ours and plain in float32; on cards, or on --data at 64 pixels."""
-    device, settings, source = cc.choose_device(), DEFAULT, args.data and args.data[0]
+    device, settings = cc.choose_device(), DEFAULT
+    source = args.data and args.data[0]
     if source:
         settings = replace(DEFAULT, data=source, image_size=64)
     data = cc.Photos(device, settings) if source else cc.Cards(device, settings)
