@@ -9,13 +9,13 @@ own, and 7 files and the command line. `python contextclip.py --help` lists ever
 import argparse
 import contextlib
 import csv
+import glob
 import inspect
 import io
 import json
 import math
 import os
 import re
-import shlex
 import sys
 import time
 import unicodedata
@@ -229,10 +229,7 @@ def torchvision_encoder(name, weights, size, width):
             raise ValueError("torchvision has no classification model of that name")
         of_size = {"image_size": size} if name.startswith("vit") else {}
         model = models.get_model(name, weights=weights, **of_size)
-        model.aux_logits = False
-        for part in ("aux1", "aux2", "AuxLogits"):  # GoogLeNet's and Inception's further outputs
-            if hasattr(model, part):
-                setattr(model, part, None)
+        model.aux_logits = False  # GoogLeNet's and Inception's further outputs
         model = nn.Sequential(model, nn.Linear(1000, width)).eval()
         model(torch.zeros(1, 3, size, size))
         return model.train()
@@ -385,7 +382,9 @@ def train(settings, data, out, resume=False, init=None, compile=False, watch=Non
     checkpoint's content) if given; write out/<objective>.pt and .csv; call `watch(step, model)` at
     every line of the log. Returns the row of the final table. Raises UserError."""
     path, steps, B = out / f"{settings.objective}.pt", settings.steps, settings.batch_size
-    saved = read_checkpoint(path, settings, data) if resume and path.exists() else None
+    saved = read_checkpoint(path) if resume and path.exists() else None
+    if saved:
+        check_resumable(path, saved, settings, data)
     if saved and saved["result"] and saved["settings"]["steps"] == steps:
         return saved["result"]
     model, forward, optimizer = start(settings, data, init, saved, compile)
@@ -474,6 +473,26 @@ def render(text, font, height, width):
     return np.array(canvas)
 
 
+def draw_typefaces():
+    """The characters that at least four of the typefaces have, and bitmaps uint8 of them, glyphs
+    (N, 16, 32, 32), and of the ten digits of a plate (10, 16, 9, 8)."""
+    paths = [f"{get_data_path()}/fonts/ttf/{name}.ttf" for name in FACES]
+    charmaps = [FT2Font(path).get_charmap() for path in paths]
+    load = partial(ImageFont.truetype, layout_engine=ImageFont.Layout.BASIC)  # no libraqm
+    counts = Counter(chr(code) for charmap in charmaps for code in charmap)
+    characters = sorted(c for c in counts if counts[c] >= 4)
+    characters = [c for c in characters if unicodedata.category(c)[0] not in "CMZ"]
+    glyphs = np.zeros((len(characters), len(FACES), SIZE, SIZE), np.uint8)
+    fonts = [load(path, 22) for path in paths]
+    for i, c in enumerate(tqdm(characters, "drawing glyphs", leave=False, disable=None)):
+        for face, font in enumerate(fonts):
+            if ord(c) in charmaps[face]:
+                glyphs[i, face] = render(c, font, SIZE, SIZE)
+    fonts = [load(path, 12) for path in paths]
+    digits = np.stack([[render(c, font, 9, 8) for font in fonts] for c in "0123456789"])
+    return characters, glyphs, digits
+
+
 class Cards:
     """Every character that at least four of the typefaces have: N characters, 16 typefaces.
 
@@ -483,34 +502,20 @@ class Cards:
     """
 
     def __init__(self, device, settings):
-        self.device, self.number_share = torch.device(device), settings.number_share
-        glyphs, digits = self.draw_glyphs()
+        self.device = torch.device(device)
+        self.number_share = settings.number_share
+        characters, glyphs, digits = draw_typefaces()
+        self.index = {character: i for i, character in enumerate(characters)}
+        self.names = [unicodedata.name(character).lower() for character in characters]
         self.fingerprint = zlib.crc32(glyphs)
-        self.glyphs, self.digits = torch.from_numpy(glyphs).to(device), digits.to(device)
+        self.glyphs = torch.from_numpy(glyphs).to(device)
+        self.digits = torch.from_numpy(digits).to(device)
         self.drawn = self.glyphs.amax((2, 3)) > 64  # some typefaces have it, and draw nothing
         self.choose_characters(settings.characters)
         self.words = F.pad(tokenize(self.names, self.vocabulary), (0, 4)).to(device)
         self.longest = int((self.words[self.train] != 0).sum(1).max()) + 4  # of training captions
-        self.about = f"{len(self.train)} characters, {len(self.vocabulary)} words"
         self.numerals = torch.tensor([self.vocabulary[w] for w in NUMERALS], device=device)
-
-    def draw_glyphs(self):
-        paths = [f"{get_data_path()}/fonts/ttf/{name}.ttf" for name in FACES]
-        charmaps = [FT2Font(path).get_charmap() for path in paths]
-        load = partial(ImageFont.truetype, layout_engine=ImageFont.Layout.BASIC)  # no libraqm
-        fonts, small = ([load(path, size) for path in paths] for size in (22, 12))
-        counts = Counter(chr(code) for charmap in charmaps for code in charmap)
-        characters = sorted(c for c in counts if counts[c] >= 4)
-        characters = [c for c in characters if unicodedata.category(c)[0] not in "CMZ"]
-        self.names = [unicodedata.name(c).lower() for c in characters]
-        self.index = {c: i for i, c in enumerate(characters)}
-        glyphs = np.zeros((len(characters), len(FACES), SIZE, SIZE), np.uint8)
-        for i, c in enumerate(tqdm(characters, "drawing glyphs", leave=False, disable=None)):
-            for face, font in enumerate(fonts):
-                if ord(c) in charmaps[face]:
-                    glyphs[i, face] = render(c, font, SIZE, SIZE)
-        digits = np.stack([[render(c, font, 9, 8) for font in small] for c in "0123456789"])
-        return glyphs, torch.from_numpy(digits)
+        self.about = f"{len(self.train)} characters, {len(self.vocabulary)} words"
 
     def choose_characters(self, most):
         """The training characters, `most` of them or all, plain ones before combinations, and those
@@ -664,70 +669,54 @@ FOLDERS = ["Images", "images", "Flicker8k_Dataset", "flickr30k_images", "flickr3
 
 
 def read_text(path):
-    """What is not UTF-8 becomes U+FFFD; with it a row is bad."""
+    """What is not UTF-8 becomes U+FFFD; with it a caption is bad."""
     return path.read_bytes().decode("utf-8-sig", errors="replace")
 
 
-def read_table(table):
-    """[(image's name, caption, row)], the name None where a row is broken: of COCO's JSON, Flickr's
+def read_table(path):
+    """[(image's name, caption, line)], empty where a row is broken: of COCO's JSON, Flickr's
     name.jpg#0<TAB>caption, or columns with names, between them a comma, tab, semicolon or bar."""
-    if table.suffix == ".json":
-        content = json.loads(read_text(table))
+    if path.suffix == ".json":
+        content = json.loads(read_text(path))
         names = {image["id"]: image["file_name"] for image in content["images"]}
         notes = enumerate(content["annotations"])
-        return [(names.get(n["image_id"]), str(n["caption"] or ""), row) for row, n in notes]
-    lines = io.StringIO(read_text(table), newline=None).readlines() or [""]
-    csv.field_size_limit(2**31 - 1)
+        return [(names.get(n["image_id"], ""), n["caption"] or "", row) for row, n in notes]
+    lines = io.StringIO(read_text(path), newline=None).readlines()
     quoting = csv.QUOTE_MINIMAL
     if re.match(r"[^\t]+#\d+\t", lines[0]):
         quoting = csv.QUOTE_NONE
         lines = ["image\tcaption\n", *(re.sub(r"#\d+\t", "\t", line, count=1) for line in lines)]
     delimiter = max(",\t;|", key=lines[0].count)
-    header = [name.strip(' "\n').lower() for name in lines[0].split(delimiter)]
-    known = [[name for name in names if name in header] for names in COLUMN_NAMES]
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting)
+    header = [name.strip().lower() for name in next(reader)]
+    known = [[header.index(name) for name in names if name in header] for names in COLUMN_NAMES]
     if not all(known):
         raise ValueError(f"it begins {lines[0][:60]!r}; unpack .tar and .parquet")
-    image, caption = (header.index(names[0]) for names in known)
-    broken, rows, line = [""], [], 1
-    while line < len(lines):  # a caption in quotes may go over several lines, 50 at most
-        window = lines[line : line + 50]
-        reader = csv.reader(window, delimiter=delimiter, strict=True, quoting=quoting)
-        row, used = broken, 1  # a quote that is never closed breaks its own line only
-        with contextlib.suppress(csv.Error):
-            row, used = next(reader), reader.line_num
-        for inside in lines[line + 1 : line + used]:  # a quote that swallows whole rows is one
-            cells = inside.split(delimiter)
-            if len(cells) == len(header) and re.search(r"\.\w{3,4}$", cells[image].strip()):
-                row, used = broken, 1
-        if len(row) == len(header):
-            rows.append((row[image].strip(), row[caption], line + 1))
-        elif row:
-            rows.append((None, "", line + 1))
-        line += used
+    image, caption = (columns[0] for columns in known)
+    rows = []
+    for row in filter(None, reader):
+        if any(re.search(r"\n.*\.(jpe?g|png)\b", cell, re.IGNORECASE) for cell in row):
+            raise ValueError(f"a quote is not closed before line {reader.line_num}")
+        whole = len(row) == len(header)
+        pair = (row[image].strip(), row[caption]) if whole else ("", "")
+        rows.append((*pair, reader.line_num))
     return rows
 
 
 def read_pairs(folder):
     """The same of images and texts, a.jpg and a.txt, a caption per line; links are followed."""
-    paths, visited = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        new = os.path.realpath(place) not in visited  # else a link to a folder above
-        visited.add(os.path.realpath(place))
-        folders[:] = sorted(filter(visible, folders)) if new else []
-        paths += [Path(place, name) for name in sorted(filter(visible, names)) if new]
-    texts = {path.with_suffix(""): path for path in paths if path.suffix.lower() == ".txt"}
+    names = sorted(glob.glob("**/*", root_dir=folder, recursive=True), key=len, reverse=True)
+    names = [name for name in names if "__MACOSX" not in name]  # nor hidden ones, says glob
+    names = {os.path.realpath(folder / name): name for name in names}.values()  # of links once
+    texts = {name[:-4]: folder / name for name in names if name.lower().endswith(".txt")}
     rows = []
-    for path in paths:
-        if path.suffix.lower() in IMG_EXTENSIONS:
-            text = texts.get(path.with_suffix(""))
-            lines = [line for line in read_text(text).splitlines() if line.strip()] if text else []
-            name = path.relative_to(folder).as_posix()
-            rows += [(name, line, name) for line in lines] or [(None, "", name)]
+    for name in sorted(names):
+        if name.lower().endswith(IMG_EXTENSIONS):
+            text = texts.get(os.path.splitext(name)[0])
+            lines = read_text(text).splitlines() if text else []
+            rows += [(name, line, name) for line in lines if line.strip()] or [(name, "", name)]
     return rows
-
-
-def visible(name):
-    return not name.startswith(".") and name != "__MACOSX"
 
 
 def read_captions(source):
@@ -735,33 +724,34 @@ def read_captions(source):
     is wrong, a line each] of what `--data` names. Raises UserError."""
     if not source.exists():
         raise UserError(f"--data {source}: there is no such file or folder")
-    folder = source.parent if source.is_file() else source
-    tables = [t for pattern in TABLES for t in sorted(folder.glob(pattern)) if visible(t.name)]
-    tables = [source] if source.is_file() else tables
+    folder, tables = source.parent, [source]
+    if source.is_dir():
+        folder = source
+        tables = [table for pattern in TABLES for table in sorted(folder.glob(pattern))]
+        tables = [table for table in tables if not table.name.startswith(".")]
     if len(tables) > 1:
         raise UserError(f"--data {source}: which of {', '.join(map(str, tables))}?")
     with blame(f"--data {source}: no table of images and captions, known columns {COLUMN_NAMES}"):
         rows = read_table(tables[0]) if tables else read_pairs(folder)
-    homes = [folder]
-    for name in [*FOLDERS, *(table.stem.removeprefix("captions_") for table in tables)]:
-        homes += [folder / name, folder.parent / name]  # COCO's train2017, for one
+    if not any(name for name, _, _ in rows):
+        kinds = "a table of captions, or images with .txt files; unpack .tar and .parquet"
+        raise UserError(f"--data {source}: it must be a folder with {kinds}")
+    subfolders = [*FOLDERS, *(table.stem.removeprefix("captions_") for table in tables)]  # COCO's
+    folders = [folder, *(up / name for name in subfolders for up in (folder, folder.parent))]
     captions, paths, bad = defaultdict(list), {}, []
     for spelled, caption, row in rows:
-        name = unicodedata.normalize("NFC", os.path.normpath(spelled or ""))
-        if spelled and name not in paths:
+        name = unicodedata.normalize("NFC", os.path.normpath(spelled))
+        if name not in paths:
             spellings = [spelled, name, unicodedata.normalize("NFD", name)]
-            places = (home / spelling for home in homes for spelling in spellings)
-            paths[name] = next((place for place in places if place.is_file()), None)
+            places = (place / spelling for place in folders for spelling in spellings)
+            paths[name] = next(filter(Path.is_file, places), None)
         if not spelled or "\ufffd" in caption or not split_words(caption):
-            wrong = "it has no caption, or is not UTF-8, or columns, quotes or image_id are wrong"
+            wrong = "it has no caption, or is not UTF-8, or columns or image_id are wrong"
             bad.append(f"{source}, {row}: {wrong}")
         elif not paths[name]:
             bad.append(f"{source}, {row}: there is no image {spelled}")
         else:
             captions[name].append(caption)
-    if not any(spelled for spelled, _, _ in rows):
-        kinds = "a table of captions, or images with .txt files; unpack .tar and .parquet"
-        raise UserError(f"--data {source}: it must be a folder with {kinds}")
     return captions, paths, bad
 
 
@@ -776,7 +766,7 @@ def open_image(source, size=0):
         values = np.nan_to_num(np.asarray(image, np.float32))
         top = 65535 if image.mode[0] == "I" else max(1, values.max())
         image = Image.fromarray((255 * (values / top).clip(0, 1)).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -790,21 +780,41 @@ def preprocess(settings):
     return transforms.Compose([partial(open_image, size=size), *grey, *fit])
 
 
+def read_images(read, sources, bad, skip_bad):
+    """sources {what `read` takes: its name in messages} -> {the same: what `read` returns}, by
+    several threads, of what can be read; `bad` has a line for each thing wrong before. Raises
+    UserError where something is bad, unless `skip_bad`."""
+
+    def attempt(source):
+        try:
+            return read(source)
+        except Exception as error:
+            bad.append(f"{sources[source]} cannot be read ({in_one_line(error)})")
+
+    with ThreadPoolExecutor() as pool:
+        images = pool.map(attempt, sources)
+        images = list(tqdm(images, "reading images", len(sources), leave=False, disable=None))
+    if bad and not skip_bad:
+        raise UserError(f"{bad[0]} ({len(bad):,} such); --skip-bad goes on without")
+    if bad:
+        print(f"left out: {bad[0]} ({len(bad):,} such)")
+    return {s: image for s, image in zip(sources, images, strict=True) if image is not None}
+
+
 def split_names(folder, names):
-    """{split: numbers of names kept out} and those that train: as Flickr8k's lists say, of who
-    trains or who does not; without them one image in ten, 1,000 at most, is "dev"."""
+    """{split: names kept out} and those that train: as Flickr8k's lists say, of who trains or who
+    does not; without them one image in ten, 1,000 at most, is "dev". Raises UserError."""
     lists = {}
     for split in ("dev", "test", "train"):
-        for path in sorted(folder.glob(f"*{split}Images.txt"))[:1]:
-            lists[split] = {line.strip() for line in read_text(path).splitlines()}
-            if names and not lists[split] & set(names):
+        for path in folder.glob(f"*{split}Images.txt"):
+            lists[split] = {line.strip() for line in read_text(path).splitlines()} & set(names)
+            if not lists[split]:
                 raise UserError(f"{path}: none of its lines is an image, for one {names[0]}")
     if not lists:
         order = sorted(names, key=lambda name: zlib.crc32(os.fsencode(name)))
         lists["dev"] = set(order[: min(1000, max(1, len(names) // 10))])
     train = lists.pop("train", set(names)).difference(*lists.values())
-    held_out = {s: [i for i, n in enumerate(names) if n in listed] for s, listed in lists.items()}
-    return held_out, [i for i, name in enumerate(names) if name in train]
+    return lists, train
 
 
 class Photos:
@@ -813,42 +823,33 @@ class Photos:
     {split: numbers of images}. All on the device. Raises UserError."""
 
     def __init__(self, device, settings, skip_bad=False):
-        self.device, source, fit = torch.device(device), Path(settings.data), preprocess(settings)
+        self.device = torch.device(device)
+        source, fit = Path(settings.data), preprocess(settings)
         captions, paths, bad = read_captions(source)
-
-        def decode(name):
-            try:
-                return (255 * fit(paths[name])).byte()
-            except Exception as error:
-                bad.append(f"{paths[name]} cannot be read ({in_one_line(error)})")
-
-        with ThreadPoolExecutor() as pool:
-            images = pool.map(decode, captions)
-            images = list(tqdm(images, "reading images", len(captions), leave=False, disable=None))
-        if bad and not skip_bad:
-            raise UserError(f"{bad[0]} ({len(bad):,} such); --skip-bad goes on without")
-        if bad:
-            print(f"left out: {bad[0]} ({len(bad):,} such)")
-        images = {n: i for n, i in zip(captions, images, strict=True) if i is not None}
-        names, captions = list(images), [captions[name] for name in images]
-        self.held_out, train = split_names(source if source.is_dir() else source.parent, names)
+        paths = {name: paths[name] for name in captions}
+        images = read_images(lambda name: (255 * fit(paths[name])).byte(), paths, bad, skip_bad)
+        names = list(images)
+        held_out, train = split_names(source if source.is_dir() else source.parent, names)
         if len(train) < settings.batch_size:
             raise UserError(f"--data {source}: only {len(train)} images to train on; --batch-size?")
-        self.train = torch.tensor(train, device=device)
-        texts = [text for i in train for text in captions[i]]
+        numbers = {name: i for i, name in enumerate(names)}
+        self.held_out = {s: [i for n, i in numbers.items() if n in m] for s, m in held_out.items()}
+        self.train = torch.tensor([i for n, i in numbers.items() if n in train], device=device)
+        captions = [captions[name] for name in names]
+        texts = [text for i in self.train for text in captions[i]]
         self.vocabulary = build_vocabulary(texts, least=5)  # rarer words are unknown
         tokens = tokenize([text for texts in captions for text in texts], self.vocabulary)
         unknown = ((tokens == 1).sum() / (tokens != 0).sum()).item()
-        self.about = f"{len(train):,} images, {len(self.vocabulary)} words, {unknown:.0%} unknown"
         if unknown > 0.9:
             raise UserError(f"--data {source}: {unknown:.1%} of the words come fewer than 5 times")
+        self.about = f"{len(train):,} images, {len(self.vocabulary)} words, {unknown:.0%} unknown"
         counts = [len(texts) for texts in captions]
         self.counts = torch.tensor(counts, device=device)
         self.words = pad_sequence(tokens.split(counts), batch_first=True).to(device)
-        self.images = torch.stack(list(images.values()))
-        texts = zlib.crc32(repr((captions, train)).encode())
-        self.fingerprint = zlib.crc32(self.images.numpy(), texts)
-        self.images = self.images.to(device)
+        images = torch.stack(list(images.values()))
+        texts = zlib.crc32(repr((captions, self.train.tolist())).encode())
+        self.fingerprint = zlib.crc32(images.numpy(), texts)
+        self.images = images.to(device)
 
     def draw_batch(self, settings, step):
         """This process's part of a batch: images (B, 3, S, S) in [0, 1], tokens (B, L). Different
@@ -935,9 +936,8 @@ def save(path, model, optimizer, data, log, seconds, result=None):
         write_csv(path.with_suffix(".csv"), [COLUMNS, *log])
 
 
-def read_checkpoint(path, settings=None, data=None):
-    """The dictionary that `save` wrote; to go on with, of the same settings and data, but for more
-    steps. Raises UserError."""
+def read_checkpoint(path):
+    """The dictionary that `save` wrote. Raises UserError."""
     with blame(f"{path} is not a checkpoint of contextclip"):
         content = torch.load(path, map_location="cpu", weights_only=True)
         version, missing = content["format"], KEYS - content.keys()
@@ -945,13 +945,17 @@ def read_checkpoint(path, settings=None, data=None):
             raise KeyError(f"it lacks {missing}")
     if version != FORMAT:
         raise UserError(f"{path} is of another version of contextclip ({version}): train it again")
-    old = content["settings"]
-    for name, new in asdict(settings).items() if settings else ():
-        if old[name] != new and name != "data" and not (name == "steps" and old[name] < new):
-            raise UserError(f"--resume: {path} was made with {name} {old[name]}, not {new}")
-    if data and content["fingerprint"] != data.fingerprint:
-        raise UserError(f"--resume: {path} was made with other images or captions")
     return content
+
+
+def check_resumable(path, content, settings, data):
+    """To go on, all must be as it was, but there may be more steps. Raises UserError."""
+    for name, old in content["settings"].items():
+        new = getattr(settings, name)
+        if old != new and name != "data" and not (name == "steps" and old < new):
+            raise UserError(f"--resume: {path} was made with {name} {old}, not {new}")
+    if content["fingerprint"] != data.fingerprint:
+        raise UserError(f"--resume: {path} was made with other images or captions")
 
 
 def load(path, device="cpu"):
@@ -967,19 +971,17 @@ def load(path, device="cpu"):
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def make_writable(folder):
-    """Make the folder if need be, and keep other runs out of it as long as what is returned lives.
+def lock(folder):
+    """Make a folder and keep other runs out of it as long as the file that is returned is open.
     Raises UserError, OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "a")
-    with contextlib.suppress(ImportError):
-        import fcntl  # not on Windows
+    file = open(folder / ".lock", "a")
+    with blame(f"--out {folder}: another run is writing there"):
+        with contextlib.suppress(ImportError):  # on Windows
+            import fcntl
 
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--out {folder}: another run is writing there") from None
-    return lock
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
 
 
 def choose_device(name="auto"):
@@ -1015,38 +1017,30 @@ def print_table(rows):
 
 @contextlib.contextmanager
 def errors_in_one_line(program):
-    """What a user can mend is one line and exit status 2. Of several processes only the first
-    reports a user's error."""
-    status, message = 2, ""
+    """What a user can mend is one line and exit status 2."""
+    status = 2
     try:
         with contextlib.suppress(AttributeError):  # of a notebook
             sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
         yield
         return
-    except UserError as error:
-        message = "" if RANK else str(error)
     except KeyboardInterrupt as error:
         status, message = 130, str(error) or "stopped"
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in repr(error).lower() and PROCESSES == 1:
+        sys.exit(status)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in repr(error).lower():
             raise
-        message = f"process {RANK}: " * (PROCESSES > 1) + in_one_line(error)
-    if message:
-        print(f"{program}: {message}", file=sys.stderr)
+        message = in_one_line(error)
+    print(f"{program}: {message}", file=sys.stderr)
     sys.exit(status)
 
 
-def refuse(message):
-    raise UserError(message)
-
-
 def make_parser():
-    parser = argparse.ArgumentParser(description="Train without and with context, and compare.")
-    parser.error = refuse
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description="Train without and with context, and compare."
+    )
     helps = dict(re.findall(r"    (\w+): \w+ = .*?  # (.*)", inspect.getsource(Settings)))
     add = parser.add_argument
     for field in fields(Settings):
@@ -1063,15 +1057,12 @@ def make_parser():
     switch("--resume", help="go on where the same command was interrupted")
     switch("--compile", help="torch.compile the encoders")
     switch("--skip-bad", help="with --data, leave out rows and images that cannot be read")
-    switch("--dry-run", help="a few small steps into OUT/dry-run, to see that all works")
     return parser
 
 
 @errors_in_one_line("contextclip")
 def main(arguments=None):
     args = make_parser().parse_args(arguments)
-    if args.dry_run:
-        args.steps, args.batch_size, args.out = 20, min(64, args.batch_size), args.out / "dry-run"
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
     runs = [Settings(**given | {"objective": name}) for name in args.objective.split(",")]
     device = choose_device(args.device)
@@ -1081,17 +1072,15 @@ def main(arguments=None):
     if args.batch_size % PROCESSES:
         raise UserError(f"--batch-size {args.batch_size}: not a multiple of {PROCESSES} processes")
     init = read_checkpoint(args.init) if args.init else None
-    lock = make_writable(args.out) if RANK == 0 else contextlib.nullcontext()
     try:
-        with lock:
+        with contextlib.nullcontext() if RANK else lock(args.out):
             data = Photos(device, runs[0], args.skip_bad) if args.data else Cards(device, runs[0])
             results = [train(s, data, args.out, args.resume, init, args.compile) for s in runs]
     except KeyboardInterrupt:
-        command = shlex.join(["python", *sys.argv, *["--resume"] * (not args.resume)])
-        raise KeyboardInterrupt(f"stopped; every hundredth step is saved: {command}") from None
+        raise KeyboardInterrupt("stopped; the same command with --resume goes on") from None
     print_table(results)
     more = " --data FOLDER" if args.data else ""
-    print(f"next: python fewshot.py --out {shlex.quote(str(args.out))}{more}")
+    print(f"next: python fewshot.py --out '{args.out}'{more}")
     if PROCESSES > 1:
         dist.destroy_process_group()
 

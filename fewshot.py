@@ -242,7 +242,6 @@ def validation_tasks(cards):
 
 # ---- 3. Your own images --------------------------------------------------------------------------
 
-
 TEST = {"train": False}
 UPRIGHT = partial(
     Image.Image.transpose, method=Image.Transpose.TRANSPOSE
@@ -272,8 +271,8 @@ def open_dataset(source, root):
         print(f"{source}: its part {folder.name}")
 
     def wanted(path):
-        parts = Path(path).relative_to(folder).parts
-        return path.lower().endswith(cc.IMG_EXTENSIONS) and all(map(cc.visible, parts))
+        hidden = any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
+        return path.lower().endswith(cc.IMG_EXTENSIONS) and not hidden
 
     with cc.blame(f"--data {source}"):
         options = {"loader": cc.open_image, "is_valid_file": wanted, "allow_empty": True}
@@ -286,28 +285,25 @@ def spell(name):
     return cc.NUMERALS[int(name)] if name in list("0123456789") else name
 
 
-def read_images(source, args, settings):
+def read_dataset(source, args, settings):
     """images (N, 1 or 3, S, S), labels (N,), {label: class name} and the group of a task of them:
     without class names there is no zero-shot. Raises UserError."""
     dataset, fit = open_dataset(source, args.out / "data"), cc.preprocess(settings)
-    images, labels, left_out = [], [], 0
-    for i in tqdm(range(len(dataset)), f"reading {source}", leave=False, disable=None):
-        try:
-            image, label = dataset[i]
-            images.append(fit(image))
-            labels.append(int(label))
-        except Exception as error:
-            if not args.skip_bad:
-                path = dataset.samples[i][0] if hasattr(dataset, "samples") else f"{source}, {i}"
-                raise cc.UserError(f"{path} cannot be read ({cc.in_one_line(error)})") from None
-            left_out += 1
-    if left_out:
-        print(f"{source}: {left_out} images that cannot be read are left out")
+
+    def read(i):
+        image, label = dataset[i]
+        return fit(image), int(label)
+
+    places = {i: f"{source}, image {i}" for i in range(len(dataset))}
+    if isinstance(dataset, datasets.ImageFolder):
+        places = {i: path for i, (path, _) in enumerate(dataset.samples)}
+    pairs = cc.read_images(read, places, [], args.skip_bad).values()
+    labels = np.array([label for _, label in pairs])
     classes = getattr(dataset, "classes", "0123456789" if source in ("USPS", "SVHN") else [])
     names = {y: spell(classes[y]) if classes else f"class {y}" for y in sorted(set(labels))}
     if len({tuple(cc.split_words(name)) for name in names.values()}) < max(2, len(names)):
         raise cc.UserError(f"--data {source}: it needs two classes or more, of different names")
-    return torch.stack(images), np.array(labels), names, "own" if classes else "unseen"
+    return torch.stack([x for x, _ in pairs]), labels, names, "own" if classes else "unseen"
 
 
 def image_task(source, args, images, labels, names, group, part=slice(None)):
@@ -575,8 +571,8 @@ def load_runs(paths, device):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description="Few-shot classification with trained models.")
-    parser.error = cc.refuse
+    description = "Few-shot classification with trained models."
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=description)
     add, whole = partial(parser.add_argument, metavar="X"), {"nargs": "+", "type": int}
     add("--checkpoint", nargs="+", type=Path, help="models, of several folders as runs (in OUT)")
     add("--shots", default=[1, 2, 4, 8, 16, 32], **whole, help="images per class (1 2 4 8 16 32)")
@@ -612,7 +608,7 @@ def main(arguments=None):
         raise cc.UserError("these models were trained on images of your own: what is --data?")
     if args.plate:  # made for 32 pixels; models of another size resize the images
         settings = replace(settings, image_size=cc.SIZE)
-    read = {source: read_images(source, args, settings) for source in args.data}
+    read = {source: read_dataset(source, args, settings) for source in args.data}
     if settings.data:  # hyper-parameters are chosen on half of the images of each class
         tasks = [image_task(source, args, *read[source], slice(0, None, 2)) for source in read]
         validation = [image_task(source, args, *read[source], slice(1, None, 2)) for source in read]

@@ -108,7 +108,7 @@ def train(seed, folder="", init=None, **changes):
             rows[str(step)] = found  # a resumed run goes through some steps again
             write_rows(history, list(rows.values()))
 
-    with cc.make_writable(path.parent):
+    with cc.lock(path.parent):
         cc.train(settings, cards, path.parent, resume=True, init=init, watch=watch)
     return path, cards
 
