@@ -389,7 +389,8 @@ def train(settings, data, out, resume=False, init=None, compile=False, watch=Non
         return saved["result"]
     model, forward, optimizer = start(settings, data, init, saved, compile)
     log, seconds = (saved["log"], saved["seconds"]) if saved else ([], 0.0)
-    total, logged, begin = 0, log[-1][0] if log else 0, time.perf_counter()
+    logged = log[-1][0] if log else 0
+    total, begin = 0, time.perf_counter()
     chance = math.log(B) + settings.sigmoid  # about the loss of a model that knows no pair
     print(f"{settings.objective}: {data.device}, {data.about}; loss at chance {chance:.2f}")
     remaining = range(logged + 1, steps + 1)
@@ -559,7 +560,8 @@ class Cards:
         torch.manual_seed(0)
         found = {}
         for task, members in self.validation.items():
-            C, labels = len(members), torch.arange(len(members), device=self.device)
+            C = len(members)
+            labels = torch.arange(C, device=self.device)
             images, _ = draw_cards(self, members.repeat(queries + max(shots)), "validation")
             x = embed_images(model, images)
             query, support = x.split([queries * C, max(shots) * C])
@@ -629,7 +631,8 @@ def draw_cards(cards, characters, group):
 def warp(images):
     """Turn (up to 0.15 radians), shear (0.2), scale (0.8 to 1.6), move (5 pixels) and bend (half a
     pixel, at random on a grid of 4 x 4). images (B, 1, S, S) -> the same."""
-    B, S, random = len(images), images.shape[-1], partial(uniform, device=images.device)
+    random = partial(uniform, device=images.device)
+    B, S = len(images), images.shape[-1]
     angle, shear = random(-0.15, 0.15, B, 1, 1), random(-0.2, 0.2, B, 1, 1)
     scale = random(0.8, 1.6, B, 1, 1)
     cos, sin = angle.cos() / scale, angle.sin() / scale
@@ -876,7 +879,8 @@ class Photos:
         for split, chosen in self.held_out.items():
             images, words = self.images[chosen], self.words[chosen]
             there = words[..., 0] != 0  # (N, most)
-            owner, image = there.nonzero()[:, 0], torch.arange(len(chosen), device=self.device)
+            owner = there.nonzero()[:, 0]  # each caption's image
+            image = torch.arange(len(chosen), device=self.device)
             x = torch.cat([model.encode_image(part / 255, True) for part in images.split(256)])
             t = torch.cat([model.encode_text(part, True) for part in words[there].split(1024)])
             for k in (1, 5, 10):

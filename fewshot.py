@@ -118,7 +118,8 @@ def linear_probe(query, support, labels, text, scale, l2):
 def tip_adapter_f(query, support, labels, text, scale, a, b, lr, steps=20):
     """Tip-Adapter whose keys, at first X_s, are trained: AdamW lowers the cross-entropy of support
     images, at most 128 a step, each classified by the others' keys and the text."""
-    keys, generator = support.clone().requires_grad_(), torch.Generator().manual_seed(0)
+    keys = support.clone().requires_grad_()
+    generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW([keys], lr=lr, eps=1e-4)
     for _ in range(steps):
         rows = torch.randperm(len(labels), generator=generator)[:128].to(labels.device)
@@ -288,7 +289,8 @@ def spell(name):
 def read_dataset(source, args, settings):
     """images (N, 1 or 3, S, S), labels (N,), {label: class name} and the group of a task of them:
     without class names there is no zero-shot. Raises UserError."""
-    dataset, fit = open_dataset(source, args.out / "data"), cc.preprocess(settings)
+    dataset = open_dataset(source, args.out / "data")
+    fit = cc.preprocess(settings)
 
     def read(i):
         image, label = dataset[i]
@@ -343,7 +345,8 @@ def with_plates(images, cards):
 @torch.no_grad()
 def embed(model, task, seed, shots, queries):
     """(query (queries C, d), support (shots C, d), text (C, d), tau_1); row r is of class r % C."""
-    C, images = len(task.captions), task.draw(seed, shots, queries).flatten(0, 1)
+    C = len(task.captions)
+    images = task.draw(seed, shots, queries).flatten(0, 1)
     x = cc.embed_images(model, images.to(model.b.device))
     query, support = x.split([queries * C, shots * C])
     tau = model.temperatures()[0].item()
@@ -354,7 +357,8 @@ def accuracy(method, embedded, shots, hyper):
     """Percent of the queries that a classifier gets right with the first `shots` of the support."""
     query, support, text, tau = embedded
     C, device = len(text), text.device
-    labels, support = torch.arange(C, device=device).repeat(shots), support[: shots * C]
+    support = support[: shots * C]
+    labels = torch.arange(C, device=device).repeat(shots)
     scale = text_scale(support, labels, text, tau) if shots else None
     predicted = CLASSIFIERS[method][0](query, support, labels, text, scale, **hyper).argmax(1)
     right = predicted == torch.arange(C, device=device).repeat(len(query) // C)
@@ -573,9 +577,10 @@ def load_runs(paths, device):
 def make_parser():
     description = "Few-shot classification with trained models."
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=description)
-    add, whole = partial(parser.add_argument, metavar="X"), {"nargs": "+", "type": int}
+    add = partial(parser.add_argument, metavar="X")
     add("--checkpoint", nargs="+", type=Path, help="models, of several folders as runs (in OUT)")
-    add("--shots", default=[1, 2, 4, 8, 16, 32], **whole, help="images per class (1 2 4 8 16 32)")
+    shots = [1, 2, 4, 8, 16, 32]
+    add("--shots", default=shots, nargs="+", type=int, help="images per class (1 2 4 8 16 32)")
     add("--seeds", type=int, default=3, help="draws of images, per training run (3)")
     add("--queries", type=int, default=16, help="images per class to classify (16)")
     add("--methods", nargs="+", choices=CLASSIFIERS, default=list(CLASSIFIERS), help="(all)")
@@ -595,7 +600,8 @@ def main(arguments=None):
     if min(*args.shots, args.seeds, args.queries) < 1 or not all("{}" in t for t in args.template):
         raise cc.UserError("--shots, --seeds, --queries: 1 or more; --template: with a {}")
     args.data = list(dict.fromkeys(str(Path(source)) for source in args.data or []))
-    shots, device = sorted(set(args.shots)), cc.choose_device(args.device)
+    shots = sorted(set(args.shots))
+    device = cc.choose_device(args.device)
     paths = args.checkpoint or sorted(args.out.glob("*.pt"))
     if not paths:
         raise cc.UserError(f"no checkpoint in {args.out}: python contextclip.py trains some")
