@@ -48,11 +48,21 @@ class UserError(ValueError):
     """A mistake of the user's: the command line prints it as one line and exits with status 2."""
 
 
+OBJECTIVES = ["clip", "siglip", "clixp", "siglixp"]
+CHOICES = {"objective": OBJECTIVES, "precision": ["auto", "float32", "bf16"]}
+RANGES = {
+    "image_size": (32, 512), "seed": (0, 2**63 - 1), "steps": (1, 10**9), "batch_size": (2, 2**17),
+    "lr": (0, 10), "weight_decay": (0, 10), "width": (8, 8192), "alpha": (0, 1), "tau": (1, 100),
+    "tau_ctx": (0.02, 2), "number_share": (0, 1), "characters": (0, 10**6), "chunk": (0, 10**6),
+}  # fmt: skip
+
+
 @dataclass
 class Settings:
-    """All that decides what a run computes; every field is a flag, the comment its help."""
+    """What a run computes, but for --init and the number of processes; every field is a flag, the
+    comment its help."""
 
-    objective: str = "clip"  # clip, siglip, or with context clixp, siglixp; several: one,other
+    objective: str = "clip"  # clip, siglip, with context clixp, siglixp; the flag takes some: a,b
     data: str = ""  # your own images and captions, a folder or a table; else cards
     image_size: int = 32  # pixels that the encoder gets, both ways
     encoder: str = "cnn"  # of images: cnn, or any classification model of torchvision
@@ -65,7 +75,7 @@ class Settings:
     width: int = 64  # d, of the embeddings and the encoders
     alpha: float = 0.9  # weight of the plain loss; the context loss has 1 - alpha
     tau: float = 5.0  # start of tau_1, tau_2, which multiply cosines; CLIP: 1 / 0.07, SigLIP: 10
-    tau_ctx: float = 0.25  # start of tau_ctx sqrt(d), which divides cosines; at 1 nearly uniform
+    tau_ctx: float = 0.25  # start of tau_ctx sqrt(d), which divides cosines; the log has tau_ctx
     number_share: float = 1.0  # share of captions that name the card's number
     characters: int = 0  # how many to train on, 0 for all
     precision: str = "auto"  # of the image encoder: auto, float32, bf16 (losses: float32, TF32)
@@ -89,19 +99,11 @@ class Settings:
                 raise UserError(f"--{flag} {value}: it lies between {low} and {high}")
 
 
-CHOICES = {"objective": ["clip", "siglip", "clixp", "siglixp"]}
-CHOICES["precision"] = ["auto", "float32", "bf16"]
-RANGES = {
-    "image_size": (32, 512), "seed": (0, 2**63 - 1), "steps": (1, 10**9), "batch_size": (2, 2**17),
-    "lr": (0, 10), "weight_decay": (0, 10), "width": (8, 8192), "alpha": (0, 1), "tau": (1, 100),
-    "tau_ctx": (0.02, 2), "number_share": (0, 1), "characters": (0, 10**6), "chunk": (0, 10**6),
-}  # fmt: skip
-
-
 # ---- 1. Contrastive losses -----------------------------------------------------------------------
-# x, t (n, d): normalised image and text embeddings, pair by pair; X, T (B, d): those of the whole
-# batch; row r of x is row i[r] of X. With one process and no --chunk n = B and i = 0, 1, ... The
-# result (n,) is a term per pair, in nats; the loss L is their mean. Only the sigmoid has a bias b.
+# A process, or a block of --chunk, has n of the batch's B pairs. x, t (n, d): their normalised
+# image and text embeddings; X, T (B, d): the whole batch's; row r of x is row i[r] of X (of one
+# block: n = B, i = 0, 1, ...). The result (n,) is a term per pair, in nats; the loss L is their
+# mean. Only the sigmoid has a bias b.
 
 
 def clip_loss(x, t, i, X, T, tau, b=None):
@@ -143,18 +145,18 @@ def contextualize(x, i, K, V, tau_ctx, mask=True):
     return attention(x, i, K, tau_ctx, mask) @ V
 
 
-def lixp_loss(v, t, model, settings):
+def lixp_loss(v, u, temperatures, settings):
     """L_LIxP = alpha L(X, T; tau_1) + (1 - alpha) L(X_ctx, T; tau_2); without context the first.
 
-    v, t (n, d) raw image and text embeddings; `model` has the temperatures. Gradients flow through
-    queries, keys and values. Returns (3,) nats: the loss, its plain and its context term or 0.
+    v, u (n, d) raw image and text embeddings; temperatures (5,) of `ContextCLIP`. Gradients flow
+    through queries, keys and values. Returns (3,) nats: the loss, its plain and its context term.
     """
-    x, t = F.normalize(v, dim=1), F.normalize(t, dim=1)
+    x, t = F.normalize(v, dim=1), F.normalize(u, dim=1)
     X, T, V = gather(x), gather(t), gather(v)  # of all processes; with one they stay as they are
     i = torch.arange(len(x), device=x.device) + len(x) * RANK
-    tau_1, tau_2, tau_ctx, b_1, b_2 = model.temperatures()
+    tau_1, tau_2, tau_ctx, b_1, b_2 = temperatures
     loss = siglip_loss if settings.sigmoid else clip_loss
-    blockwise = partial(in_blocks, settings.chunk)
+    blockwise = partial(in_blocks, settings.chunk)  # (function, what is cut into blocks, the rest)
 
     plain = blockwise(loss, (x, t, i), X, T, tau_1, b_1).mean()
     if not settings.context:
@@ -167,14 +169,14 @@ def lixp_loss(v, t, model, settings):
     if settings.detach_values:
         V = V.detach()
     x_ctx = blockwise(contextualize, (x, i), X, V, tau_ctx, not settings.no_mask)
-    x_ctx = F.normalize(x_ctx, dim=1)  # our reading
+    x_ctx = F.normalize(x_ctx, dim=1)  # our reading: L compares directions, as everywhere
     context = blockwise(loss, (x_ctx, t, i), gather(x_ctx), T, tau_2, b_2).mean()
     return torch.stack((settings.alpha * plain + (1 - settings.alpha) * context, plain, context))
 
 
 def in_blocks(chunk, function, rows, *whole):
-    """function(*rows, *whole), whose result has a row per row; with `chunk` in blocks of so many,
-    each computed again in the backward pass: no B x B matrix is kept."""
+    """function(*rows, *whole), whose result has a row per row. With `chunk` the `rows` are cut into
+    blocks of so many; each is computed again in the backward pass: no B x B matrix is kept."""
     if not chunk:
         return function(*rows, *whole)
     blocks = zip(*(tensor.split(chunk) for tensor in rows), strict=True)
@@ -229,7 +231,8 @@ def torchvision_encoder(name, weights, size, width):
             raise ValueError("torchvision has no classification model of that name")
         of_size = {"image_size": size} if name.startswith("vit") else {}
         model = models.get_model(name, weights=weights, **of_size)
-        model.aux_logits = False  # GoogLeNet's and Inception's further outputs
+        for part in ("aux1", "aux2", "AuxLogits", "aux_logits", "transform_input"):
+            setattr(model, part, None)  # GoogLeNet's and Inception's further outputs, and a scaling
         model = nn.Sequential(model, nn.Linear(1000, width)).eval()
         model(torch.zeros(1, 3, size, size))
         return model.train()
@@ -254,6 +257,16 @@ class TextEncoder(nn.Module):
         return self.out((scores.softmax(dim=1).mT @ h).flatten(1))  # of (B, heads, d)
 
 
+def use_bf16(precision, device):
+    """Whether the image encoder runs in bf16: "auto" means where the hardware multiplies it."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
 class ContextCLIP(nn.Module):
     """The two encoders, and the temperatures and biases of the losses. Every objective has the same
     parameters, drawn in the same order: one seed, one start."""
@@ -269,12 +282,14 @@ class ContextCLIP(nn.Module):
             weights = "DEFAULT" if settings.pretrained else None
             self.image_encoder = torchvision_encoder(settings.encoder, weights, size, d)
         self.text_encoder = TextEncoder(len(vocabulary), d)
-        tau_ctx = settings.tau_ctx / d**0.5
+        tau_ctx = settings.tau_ctx / d**0.5  # the setting is tau_ctx sqrt(d)
         self.log_tau = nn.Parameter(torch.tensor([settings.tau, settings.tau, tau_ctx]).log())
-        self.b = nn.Parameter(torch.full((2,), -math.log(settings.batch_size - 1)))  # SigLIP: -10
+        b = -math.log(settings.batch_size - 1)  # sigmoid(b) = 1 / B, the share of right pairs
+        self.b = nn.Parameter(torch.full((2,), b))
 
     def temperatures(self):
-        """tau_1, tau_2, tau_ctx and the biases b_1, b_2: (5,)."""
+        """tau_1, tau_2, tau_ctx and the biases b_1, b_2: (5,), for those unused to have gradients
+        of 0, which DistributedDataParallel needs."""
         return torch.cat((self.log_tau.exp(), self.b))
 
     def encode_image(self, images, normalize=False):
@@ -282,7 +297,7 @@ class ContextCLIP(nn.Module):
         one channel -> v (B, d) float32, with `normalize` of length 1."""
         if images.shape[-1] != self.settings.image_size:
             images = transforms.functional.resize(images, [self.settings.image_size] * 2)
-        images = 4 * (images.expand(-1, self.channels, -1, -1) - 0.5)
+        images = 4 * (images.expand(-1, self.channels, -1, -1) - 0.5)  # mean 0, deviation about 1
         images = images.contiguous(memory_format=torch.channels_last)
         bf16 = use_bf16(self.settings.precision, images.device)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
@@ -296,11 +311,13 @@ class ContextCLIP(nn.Module):
 
     def forward(self, images, tokens):
         """images (B, 1 or 3, S, S), tokens (B, L) -> the three terms of `lixp_loss`."""
-        return lixp_loss(self.encode_image(images), self.encode_text(tokens), self, self.settings)
+        v, u = self.encode_image(images), self.encode_text(tokens)
+        return lixp_loss(v, u, self.temperatures(), self.settings)
 
 
 MAX_WORDS = 32  # of a caption; more are cut off
-NO_SPACES = "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff])"
+NO_SPACES = "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff])"  # Thai to kanji
+NUMERALS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
 def split_words(caption):
@@ -322,6 +339,30 @@ def tokenize(captions, vocabulary):
     words = [split_words(caption)[:MAX_WORDS] or ["<unk>"] for caption in captions]
     rows = [torch.tensor([vocabulary.get(word, 1) for word in row]) for row in words]
     return pad_sequence(rows, batch_first=True)
+
+
+def embed_images(model, images):
+    """images (N, 1 or 3, S, S) -> x (N, d) normalised, in parts that fit in memory."""
+    return torch.cat([model.encode_image(part, normalize=True) for part in images.split(1024)])
+
+
+def embed_classes(model, captions):
+    """C lists of captions -> T (C, d) normalised, the mean of each. Models of cards get a caption
+    ten times, number_share of them with a number; at 1 every digit comes once in every place."""
+    share = 0 if model.settings.data else model.settings.number_share
+    ends = [""] * (1 if model.settings.data else 10)
+    for i in range(round(10 * share)):
+        ends[i] = ", number " + " ".join(NUMERALS[(i + shift) % 10] for shift in (0, 3, 6))
+    T = []
+    for texts in captions:
+        tokens = tokenize([text + end for text in texts for end in ends], model.vocabulary)
+        T.append(model.encode_text(tokens.to(model.b.device), normalize=True).mean(0))
+    return F.normalize(torch.stack(T), dim=1)
+
+
+def prototypes(support, labels, classes):
+    """Class means, normalised again: (..., S, d) normalised, labels (S,) -> P (..., classes, d)."""
+    return F.normalize(F.one_hot(labels, classes).to(support).T @ support, dim=-1)
 
 
 # ---- 4. Training ---------------------------------------------------------------------------------
@@ -391,10 +432,10 @@ def train(settings, data, out, resume=False, init=None, compile=False, watch=Non
     log, seconds = (saved["log"], saved["seconds"]) if saved else ([], 0.0)
     logged = log[-1][0] if log else 0
     total, begin = 0, time.perf_counter()
-    chance = math.log(B) + settings.sigmoid  # about the loss of a model that knows no pair
+    chance = math.log(B) + (1 if settings.sigmoid else 0)  # of a model that knows no pair, about
     print(f"{settings.objective}: {data.device}, {data.about}; loss at chance {chance:.2f}")
     remaining = range(logged + 1, steps + 1)
-    bar = tqdm(remaining, settings.objective, steps, initial=logged, disable=None)
+    bar = tqdm(remaining, settings.objective, steps, initial=logged, disable=RANK > 0 or None)
     for step in bar:
         seed_step(settings, step)
         images, tokens = data.draw_batch(settings, step)
@@ -408,7 +449,7 @@ def train(settings, data, out, resume=False, init=None, compile=False, watch=Non
 
         total = total + losses.detach() / PROCESSES
         if step % LOG_EVERY == 0 or step == steps:
-            norm = nn.utils.get_total_norm(model.parameters())  # to see that all are finite
+            norm = nn.utils.get_total_norm(model.parameters())  # of the weights: are all finite?
             mean = add_up(total) / (step - logged)
             line = torch.cat((mean, model.temperatures(), norm[None])).tolist()
             if not math.isfinite(sum(line)):
@@ -429,14 +470,6 @@ def train(settings, data, out, resume=False, init=None, compile=False, watch=Non
     return result
 
 
-def use_bf16(precision, device):
-    """Whether the image encoder runs in bf16: "auto" means where the hardware multiplies it."""
-    if precision == "auto" and device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    features = torch.cpu.get_capabilities() if precision == "auto" else {}
-    return precision == "bf16" or bool(features.get("avx512_bf16") or features.get("amx_bf16"))
-
-
 # ---- 5. Cards ------------------------------------------------------------------------------------
 
 FACES = [  # typefaces that come with matplotlib, in the order that FACE_SPLITS cuts
@@ -446,18 +479,17 @@ FACES = [  # typefaces that come with matplotlib, in the order that FACE_SPLITS 
     "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta",
 ]  # fmt: skip
 FACE_SPLITS = {"train": slice(0, 10), "validation": slice(10, 12), "test": slice(12, 16)}
-SPLITS = {  # the first whose pattern "character name" begins with; all else is for tests
+SPLITS = {  # patterns of how "é latin small letter e with acute" begins; all else is for tests
     "phonetic letters": "[\u0250-\u02af]", "modifier letters": "[\u02b0-\u02ff]",
     "old italic": "[\U00010300-\U0001032f]", "train": ". digit|. latin (capital|small) letter .$|"
     r". greek (capital|small) letter \w+$|[\u2190-\u21cf\u2200-\u223f]",
 }  # fmt: skip
-NUMERALS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SIZE = 32  # of a card in pixels, both ways
 
 
 def split_of(character, name):
     """ "train", "test", or a validation task. Of the Latin letters with a diacritic one in ten
-    validates and two in ten test, a capital and its small letter together."""
+    validates and two test, by a checksum, a capital and its small letter together."""
     if re.fullmatch("latin (capital|small) letter [a-z] with .+", name):
         tenth = zlib.crc32(re.sub("capital|small", "", name).encode()) % 10
         return "combinations" if tenth == 0 else "test" if tenth < 3 else "train"
@@ -499,7 +531,7 @@ class Cards:
 
     index {character: row}, names (N,), glyphs (N, 16, 32, 32) uint8, drawn (N, 16): which there
     are, digits (10, 16, 9, 8) uint8; train: rows of characters, validation {task: rows};
-    words (N, L + 4): tokens of the names, with room for a card's number.
+    tokens (N, L + 4) of the names, with room for a card's number.
     """
 
     def __init__(self, device, settings):
@@ -513,8 +545,8 @@ class Cards:
         self.digits = torch.from_numpy(digits).to(device)
         self.drawn = self.glyphs.amax((2, 3)) > 64  # some typefaces have it, and draw nothing
         self.choose_characters(settings.characters)
-        self.words = F.pad(tokenize(self.names, self.vocabulary), (0, 4)).to(device)
-        self.longest = int((self.words[self.train] != 0).sum(1).max()) + 4  # of training captions
+        self.tokens = F.pad(tokenize(self.names, self.vocabulary), (0, 4)).to(device)
+        self.longest = int((self.tokens[self.train] != 0).sum(1).max()) + 4  # of training captions
         self.numerals = torch.tensor([self.vocabulary[w] for w in NUMERALS], device=device)
         self.about = f"{len(self.train)} characters, {len(self.vocabulary)} words"
 
@@ -548,9 +580,9 @@ class Cards:
         images, numbers = draw_cards(self, characters, "train")
         number = F.pad(self.numerals[numbers], (1, 0), value=self.vocabulary["number"])  # (B, 4)
         named = torch.rand(B, 1, device=device) < self.number_share
-        words = self.words[characters, : self.longest]
-        end = (words != 0).sum(1, keepdim=True) + torch.arange(4, device=device)
-        return images, words.scatter(1, end, number * named)
+        tokens = self.tokens[characters, : self.longest]
+        end = (tokens != 0).sum(1, keepdim=True) + torch.arange(4, device=device)
+        return images, tokens.scatter(1, end, number * named)
 
     @torch.no_grad()
     def validate(self, model, shots=(1, 4, 16), queries=32):
@@ -576,41 +608,17 @@ class Cards:
         return {name: sum(values) / len(values) for name, values in found.items()}
 
 
-def embed_images(model, images):
-    """images (N, 1 or 3, S, S) -> x (N, d) normalised, in parts that fit in memory."""
-    return torch.cat([model.encode_image(part, normalize=True) for part in images.split(1024)])
-
-
-def embed_classes(model, captions):
-    """C lists of captions -> T (C, d) normalised, the mean of each. Models of cards get a caption
-    ten times, number_share of them with a number; at 1 every digit comes once in every place."""
-    share = 0 if model.settings.data else model.settings.number_share
-    ends = [""] * (1 if model.settings.data else 10)
-    for i in range(round(10 * share)):
-        ends[i] = ", number " + " ".join(NUMERALS[(i + shift) % 10] for shift in (0, 3, 6))
-    T = []
-    for texts in captions:
-        tokens = tokenize([text + end for text in texts for end in ends], model.vocabulary)
-        T.append(model.encode_text(tokens.to(model.b.device), normalize=True).mean(0))
-    return F.normalize(torch.stack(T), dim=1)
-
-
-def prototypes(support, labels, classes):
-    """Class means, normalised again: (..., S, d) normalised, labels (S,) -> P (..., classes, d)."""
-    return F.normalize(F.one_hot(labels, classes).to(support).T @ support, dim=-1)
-
-
 def uniform(low, high, *shape, device):
     return torch.rand(shape, device=device).mul_(high - low).add_(low)
 
 
-def draw_cards(cards, characters, group):
+def draw_cards(cards, characters, split):
     """One card each: the character somewhere, warped, under a plate with a random number of three
-    digits, both in random typefaces of the group, in random shades, with noise.
+    digits, both in random typefaces of the split, in random shades, with noise.
 
     characters (B,) int64 -> images (B, 1, 32, 32) float32 in about [0, 1], numbers (B, 3) int64.
     """
-    B, faces = len(characters), FACE_SPLITS[group]
+    B, faces = len(characters), FACE_SPLITS[split]
     random = partial(uniform, device=characters.device)
     dark, light = random(0, 0.3, B, 1, 1, 1), random(0.6, 1, B, 1, 1, 1)
     swap = random(0, 1, B, 1, 1, 1) < 0.5
@@ -621,7 +629,7 @@ def draw_cards(cards, characters, group):
     ink = warp(cards.glyphs[characters, face][:, None] / 255)
     numbers = torch.randint(10, (B, 3), device=characters.device)
     images = torch.lerp(paper, pen, ink)
-    lay_plates(images, cards, numbers, group, paper, pen)
+    lay_plates(images, cards, numbers, split, paper, pen)
 
     ramp = torch.linspace(-0.03, 0.03, SIZE, device=characters.device)
     shade = random(-1, 1, B, 1, 1, 1) * ramp + random(-1, 1, B, 1, 1, 1) * ramp[:, None]
@@ -646,13 +654,13 @@ def warp(images):
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def lay_plates(images, cards, numbers, group, paper, pen):
+def lay_plates(images, cards, numbers, split, paper, pen):
     """Lay a plate of 24 x 9 pixels with a number over each image, near its top or bottom edge.
 
     images (B, 1, 32, 32), changed in place; numbers (B, 3) digits; paper, pen: the shades.
     """
     integers = partial(torch.randint, size=(len(images), 1), device=images.device)
-    face = integers(FACE_SPLITS[group].start, FACE_SPLITS[group].stop)
+    face = integers(FACE_SPLITS[split].start, FACE_SPLITS[split].stop)
     plates = torch.cat(cards.digits[numbers, face].unbind(1), dim=2) / 255  # (B, 9, 24)
     row = integers(4) + 20 * integers(2) + torch.arange(9, device=images.device)
     column = integers(9) + torch.arange(24, device=images.device)
@@ -821,9 +829,9 @@ def split_names(folder, names):
 
 
 class Photos:
-    """Images with their captions, each decoded once: images (N, 3, S, S) uint8; words (N, most, L):
-    tokens of each one's captions, 0 where there are fewer; counts (N,): how many; train, held_out
-    {split: numbers of images}. All on the device. Raises UserError."""
+    """Images with their captions, each decoded once: images (N, 3, S, S) uint8; tokens (N, most, L)
+    of each one's captions, 0 where there are fewer; counts (N,): how many; train, held_out {split:
+    numbers of images}. All on the device. Raises UserError."""
 
     def __init__(self, device, settings, skip_bad=False):
         self.device = torch.device(device)
@@ -848,28 +856,28 @@ class Photos:
         self.about = f"{len(train):,} images, {len(self.vocabulary)} words, {unknown:.0%} unknown"
         counts = [len(texts) for texts in captions]
         self.counts = torch.tensor(counts, device=device)
-        self.words = pad_sequence(tokens.split(counts), batch_first=True).to(device)
-        images = torch.stack(list(images.values()))
-        texts = zlib.crc32(repr((captions, self.train.tolist())).encode())
-        self.fingerprint = zlib.crc32(images.numpy(), texts)
-        self.images = images.to(device)
+        self.tokens = pad_sequence(tokens.split(counts), batch_first=True).to(device)
+        pixels = torch.stack(list(images.values()))
+        checksum = zlib.crc32(repr((captions, self.train.tolist())).encode())
+        self.fingerprint = zlib.crc32(pixels.numpy(), checksum)
+        self.images = pixels.to(device)
 
     def draw_batch(self, settings, step):
-        """This process's part of a batch: images (B, 3, S, S) in [0, 1], tokens (B, L). Different
-        images, for another caption of the same would be a false negative, from a seed that all
-        processes share; of each one caption; squares of half the area or more, half mirrored."""
+        """This process's part of a batch: images (n, 3, S, S) in [0, 1], tokens (n, L). No image
+        comes twice, its captions would be false negatives: all processes choose with one seed. Of
+        each one caption, and a square of half the area or more, mirrored half the time."""
         shared = np.random.default_rng([settings.seed, step])
         chosen = shared.choice(len(self.train), settings.batch_size, replace=False)
         chosen = torch.from_numpy(chosen.reshape(PROCESSES, -1)[RANK])
         chosen = self.train[chosen.to(self.device, non_blocking=True)]
         B, random = len(chosen), partial(uniform, device=self.device)
-        words = self.words[chosen, (random(0, 1, B) * self.counts[chosen]).long()]
+        tokens = self.tokens[chosen, (random(0, 1, B) * self.counts[chosen]).long()]
         scale, mirror = random(0.5, 1, B).sqrt(), random(-1, 1, B).sign()
         right, down = random(-1, 1, 2, B) * (1 - scale)
         zero, images = torch.zeros_like(scale), self.images[chosen] / 255
         theta = torch.stack((scale * mirror, zero, right, zero, scale, down), 1).view(B, 2, 3)
         grid = F.affine_grid(theta, images.shape, align_corners=False)
-        return F.grid_sample(images, grid, align_corners=False), words
+        return F.grid_sample(images, grid, align_corners=False), tokens
 
     @torch.no_grad()
     def validate(self, model):
@@ -877,12 +885,12 @@ class Photos:
         image is among its 1, 5, 10 nearest, and whether one of an image's captions is."""
         found = {}
         for split, chosen in self.held_out.items():
-            images, words = self.images[chosen], self.words[chosen]
-            there = words[..., 0] != 0  # (N, most)
+            images, tokens = self.images[chosen], self.tokens[chosen]
+            there = tokens[..., 0] != 0  # (N, most)
             owner = there.nonzero()[:, 0]  # each caption's image
             image = torch.arange(len(chosen), device=self.device)
             x = torch.cat([model.encode_image(part / 255, True) for part in images.split(256)])
-            t = torch.cat([model.encode_text(part, True) for part in words[there].split(1024)])
+            t = torch.cat([model.encode_text(part, True) for part in tokens[there].split(1024)])
             for k in (1, 5, 10):
                 hit = (t @ x.T).topk(min(k, len(x))).indices == owner[:, None]
                 found[f"{split} text>image R@{k}"] = 100 * hit.any(1).float().mean().item()
@@ -1004,7 +1012,7 @@ def choose_device(name="auto"):
 
 
 def print_table(rows):
-    """Print dictionaries of the same keys, numbers to a decimal but for some; wide ones upright."""
+    """Print dictionaries of the same keys, a line each; a column each where there are many keys."""
     formats = {"loss": ".3f", "seconds": ".0f", "images/s": ",.0f"}
     cells = [list(rows[0])]
     for row in rows:
@@ -1045,6 +1053,7 @@ def make_parser():
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description="Train without and with context, and compare."
     )
+    # the comments of Settings are the help
     helps = dict(re.findall(r"    (\w+): \w+ = .*?  # (.*)", inspect.getsource(Settings)))
     add = parser.add_argument
     for field in fields(Settings):

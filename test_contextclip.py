@@ -154,7 +154,8 @@ def test_objectives_equal_naive_loops_also_in_blocks_and_with_every_switch(objec
         settings = cc.Settings(objective, batch_size=B, alpha=0.7, **changes)
         expected = naive_lixp(v, t, model, settings)
         for settings.chunk in (0, 1, 5, 100):
-            same(cc.lixp_loss(v, t, model, settings), expected, [v, t, model.log_tau, model.b])
+            losses = cc.lixp_loss(v, t, model.temperatures(), settings)
+            same(losses, expected, [v, t, model.log_tau, model.b])
 
 
 def test_rows_at_hand_are_a_part_of_the_batch_and_an_image_not_of_its_own_context():
@@ -176,7 +177,8 @@ def test_the_order_of_the_batch_does_not_matter():
     permuted = cc.contextualize(x[p], i, x[p], v[p], 0.1)
     torch.testing.assert_close(permuted, cc.contextualize(x, i, x, v, 0.1)[p])
     for model in (random_model(objective=objective) for objective in OBJECTIVES):
-        losses = [cc.lixp_loss(v[order], t[order], model, model.settings) for order in (i, p)]
+        loss = partial(cc.lixp_loss, temperatures=model.temperatures(), settings=model.settings)
+        losses = [loss(v[order], t[order]) for order in (i, p)]
         torch.testing.assert_close(*losses)
 
 
@@ -188,7 +190,7 @@ def test_losses_are_finite_at_the_highest_temperature_and_keep_no_matrix_in_bloc
         sizes, settings = {}, cc.Settings(objective, chunk=chunk)
         keep = partial(lambda s, x: s.update({x.untyped_storage().data_ptr(): x}) or x, sizes)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            losses = cc.lixp_loss(v, v.detach() + t, model, settings)
+            losses = cc.lixp_loss(v, v.detach() + t, model.temperatures(), settings)
         gradients = torch.autograd.grad(losses[0], [v, t, model.log_tau, model.b])
         assert losses.isfinite().all() and all(g.isfinite().all() for g in gradients)
         kept.append(sum(x.numel() for x in sizes.values()) / 256**2)
@@ -721,7 +723,7 @@ def test_data_of_no_use_are_refused_in_one_line(message, break_data, tmp_path, c
 def test_photos_are_those_of_the_folder_and_once_in_a_batch(photos, monkeypatch):
     red, words = photos.images[:, 0].flatten(1), list(photos.vocabulary)
     assert red.amin(1).tolist() == red.amax(1).tolist() == [8 * i for i in range(30)]
-    captions = [[" ".join(words[t] for t in row) for row in rows] for rows in photos.words]
+    captions = [[" ".join(words[t] for t in row) for row in rows] for rows in photos.tokens]
     assert captions[1] == ["a photo of cats", "a view of cats"] and photos.counts.eq(2).all()
 
     def draw(step, rank=0):
@@ -735,7 +737,7 @@ def test_photos_are_those_of_the_folder_and_once_in_a_batch(photos, monkeypatch)
         chosen, words = draw(step)
         assert len(set(chosen)) == 20 and set(chosen) <= set(photos.train.tolist())
         pairs = [*zip(chosen, words, strict=True)]
-        assert all(row in photos.words[i].tolist() for i, row in pairs)
+        assert all(row in photos.tokens[i].tolist() for i, row in pairs)
         seen |= {(i, *row) for i, row in pairs}
     assert len(seen) > 50  # of 27 images with two captions each
     monkeypatch.setattr(cc, "PROCESSES", 2)
@@ -759,7 +761,7 @@ def test_recall_equals_a_plain_loop(photos):
         hits = [any(j == i for _, j in best[i]) for i in chosen]
         expected[f"dev image>text R@{k}"] = 100 * np.mean(hits)
     data = copy.copy(photos)
-    data.words, data.images, data.held_out = words, images, {"dev": chosen}
+    data.tokens, data.images, data.held_out = words, images, {"dev": chosen}
     assert data.validate(model) == pytest.approx(expected, abs=1e-3)
 
 

@@ -348,7 +348,7 @@ def measure_profile(args):
         "image encoder": lambda: model.encode_image(images).sum().backward(),
         "text encoder": lambda: model.encode_text(tokens).sum().backward(),
         "cards": lambda: next(batches),
-        "loss": lambda: cc.lixp_loss(v, t, model, DEFAULT)[0].backward(),
+        "loss": lambda: cc.lixp_loss(v, t, model.temperatures(), DEFAULT)[0].backward(),
     }
     seconds = by_turns(parts, 20)
     seconds["both encoders"] = seconds["image encoder"] + seconds["text encoder"]
@@ -375,12 +375,12 @@ def load_plainly(data, source, batch_size):
     """The plain PyTorch way: workers, one per core, open and crop images, or draw cards."""
     if source:
         captions, paths, _ = cc.read_captions(Path(source))
-        images, tokens = [paths[name] for name in captions], data.words[:, 0]
+        images, tokens = [paths[name] for name in captions], data.tokens[:, 0]
         crop = transforms.RandomResizedCrop(64, (0.5, 1))
         steps = [cc.open_image, crop, transforms.RandomHorizontalFlip()]
     else:
         images = data.train.repeat(100).tolist()
-        tokens, steps = data.words[images], [partial(draw_plainly, data)]
+        tokens, steps = data.tokens[images], [partial(draw_plainly, data)]
     fit = transforms.Compose([*steps, transforms.ToTensor()])
     options = {"shuffle": True, "drop_last": True, "persistent_workers": True}
     options |= {"num_workers": os.cpu_count(), "collate_fn": partial(collate, fit=fit)}
