@@ -9,7 +9,6 @@ own, and 7 files and the command line. `python contextclip.py --help` lists ever
 import argparse
 import contextlib
 import csv
-import glob
 import inspect
 import io
 import json
@@ -23,7 +22,7 @@ import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -677,11 +676,17 @@ COLUMN_NAMES = [  # of the image and of the caption
 ]
 TABLES = ["captions.txt", "Flickr8k.token.txt", "*.token", "captions_*.json", "*.csv", "*.tsv"]
 FOLDERS = ["Images", "images", "Flicker8k_Dataset", "flickr30k_images", "flickr30k-images"]
+EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".avif")
 
 
 def read_text(path):
     """What is not UTF-8 becomes U+FFFD; with it a caption is bad."""
     return path.read_bytes().decode("utf-8-sig", errors="replace")
+
+
+def standard(name):
+    """One spelling of an image's name: ./a.jpg is a.jpg, accents are composed."""
+    return unicodedata.normalize("NFC", os.path.normpath(name.strip()))
 
 
 def read_table(path):
@@ -691,8 +696,8 @@ def read_table(path):
         content = json.loads(read_text(path))
         names = {image["id"]: image["file_name"] for image in content["images"]}
         notes = enumerate(content["annotations"])
-        return [(names.get(n["image_id"], ""), n["caption"] or "", row) for row, n in notes]
-    lines = io.StringIO(read_text(path), newline=None).readlines()
+        return [(names.get(n["image_id"]) or "", f"{n['caption'] or ''}", row) for row, n in notes]
+    lines = io.StringIO(read_text(path), newline=None).readlines() or [""]
     quoting = csv.QUOTE_MINIMAL
     if re.match(r"[^\t]+#\d+\t", lines[0]):
         quoting = csv.QUOTE_NONE
@@ -707,7 +712,8 @@ def read_table(path):
     image, caption = (columns[0] for columns in known)
     rows = []
     for row in filter(None, reader):
-        if any(re.search(r"\n.*\.(jpe?g|png)\b", cell, re.IGNORECASE) for cell in row):
+        swallowed = " ".join(cell for cell in row if "\n" in cell and delimiter in cell).lower()
+        if any(extension in swallowed for extension in EXTENSIONS):
             raise ValueError(f"a quote is not closed before line {reader.line_num}")
         whole = len(row) == len(header)
         pair = (row[image].strip(), row[caption]) if whole else ("", "")
@@ -717,14 +723,18 @@ def read_table(path):
 
 def read_pairs(folder):
     """The same of images and texts, a.jpg and a.txt, a caption per line; links are followed."""
-    names = sorted(glob.glob("**/*", root_dir=folder, recursive=True), key=len, reverse=True)
-    names = [name for name in names if "__MACOSX" not in name]  # nor hidden ones, says glob
-    names = {os.path.realpath(folder / name): name for name in names}.values()  # of links once
-    texts = {name[:-4]: folder / name for name in names if name.lower().endswith(".txt")}
+    names, visited = [], set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        new = os.path.realpath(place) not in visited  # else a link to a folder above
+        visited.add(os.path.realpath(place))
+        folders[:] = [name for name in folders if new and name[0] != "." and name != "__MACOSX"]
+        here = os.path.relpath(place, folder)
+        names += [os.path.normpath(f"{here}/{name}") for name in files if new and name[0] != "."]
+    texts = {standard(name[:-4]): folder / name for name in names if name.lower().endswith(".txt")}
     rows = []
     for name in sorted(names):
-        if name.lower().endswith(IMG_EXTENSIONS):
-            text = texts.get(os.path.splitext(name)[0])
+        if name.lower().endswith(EXTENSIONS):
+            text = texts.get(standard(os.path.splitext(name)[0]))
             lines = read_text(text).splitlines() if text else []
             rows += [(name, line, name) for line in lines if line.strip()] or [(name, "", name)]
     return rows
@@ -735,9 +745,9 @@ def read_captions(source):
     is wrong, a line each] of what `--data` names. Raises UserError."""
     if not source.exists():
         raise UserError(f"--data {source}: there is no such file or folder")
-    folder, tables = source.parent, [source]
+    folder = Path(os.path.abspath(source if source.is_dir() else source.parent))
+    tables = [source]
     if source.is_dir():
-        folder = source
         tables = [table for pattern in TABLES for table in sorted(folder.glob(pattern))]
         tables = [table for table in tables if not table.name.startswith(".")]
     if len(tables) > 1:
@@ -745,23 +755,28 @@ def read_captions(source):
     with blame(f"--data {source}: no table of images and captions, known columns {COLUMN_NAMES}"):
         rows = read_table(tables[0]) if tables else read_pairs(folder)
     if not any(name for name, _, _ in rows):
-        kinds = "a table of captions, or images with .txt files; unpack .tar and .parquet"
-        raise UserError(f"--data {source}: it must be a folder with {kinds}")
-    subfolders = [*FOLDERS, *(table.stem.removeprefix("captions_") for table in tables)]  # COCO's
-    folders = [folder, *(up / name for name in subfolders for up in (folder, folder.parent))]
-    captions, paths, bad = defaultdict(list), {}, []
+        kinds = "a table with whole rows, or images with .txt files; unpack .tar and .parquet"
+        raise UserError(f"--data {source}: it must be {kinds}")
+    names = [*FOLDERS, *(table.stem.removeprefix("captions_") for table in tables)]  # COCO's
+    folders = [folder, *(folder / name for name in names), *(folder.parent / n for n in names[2:])]
+
+    @cache
+    def find(spelled):
+        spellings = [spelled, standard(spelled), unicodedata.normalize("NFD", spelled)]
+        places = (place / spelling for place in folders for spelling in spellings)
+        return next(filter(os.path.isfile, places), None)
+
+    captions, paths, same, bad = defaultdict(list), {}, {}, []
     for spelled, caption, row in rows:
-        name = unicodedata.normalize("NFC", os.path.normpath(spelled))
-        if name not in paths:
-            spellings = [spelled, name, unicodedata.normalize("NFD", name)]
-            places = (place / spelling for place in folders for spelling in spellings)
-            paths[name] = next(filter(Path.is_file, places), None)
-        if not spelled or "\ufffd" in caption or not split_words(caption):
+        path = find(spelled)
+        if not spelled or {"\ufffd", "\0"} & {*caption} or not split_words(caption):
             wrong = "it has no caption, or is not UTF-8, or columns or image_id are wrong"
             bad.append(f"{source}, {row}: {wrong}")
-        elif not paths[name]:
+        elif not path:
             bad.append(f"{source}, {row}: there is no image {spelled}")
         else:
+            name = same.setdefault(os.path.realpath(path), standard(spelled))  # of one image one
+            paths[name] = path
             captions[name].append(caption)
     return captions, paths, bad
 
@@ -774,8 +789,8 @@ def open_image(source, size=0):
         image.draft("RGB", (2 * size, 2 * size))
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
-        values = np.nan_to_num(np.asarray(image, np.float32))
-        top = 65535 if image.mode[0] == "I" else max(1, values.max())
+        values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
+        top = max(65535 if image.mode[0] == "I" else 1, values.max())
         image = Image.fromarray((255 * (values / top).clip(0, 1)).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -817,13 +832,16 @@ def split_names(folder, names):
     does not; without them one image in ten, 1,000 at most, is "dev". Raises UserError."""
     lists = {}
     for split in ("dev", "test", "train"):
-        for path in folder.glob(f"*{split}Images.txt"):
-            lists[split] = {line.strip() for line in read_text(path).splitlines()} & set(names)
+        paths = [p for p in folder.glob(f"*{split}Images.txt") if not p.name.startswith(".")]
+        if paths:
+            listed = {standard(line) for path in paths for line in read_text(path).splitlines()}
+            lists[split] = listed & set(names)
             if not lists[split]:
-                raise UserError(f"{path}: none of its lines is an image, for one {names[0]}")
-    if not lists:
-        order = sorted(names, key=lambda name: zlib.crc32(os.fsencode(name)))
-        lists["dev"] = set(order[: min(1000, max(1, len(names) // 10))])
+                raise UserError(f"{paths[0]}: none of its lines is an image, for one {names[:1]}")
+    if not lists.keys() & {"dev", "test"}:
+        others = set(names) - lists.get("train", set())
+        others = sorted(others, key=lambda name: zlib.crc32(os.fsencode(name)))
+        lists["dev"] = set(others[: min(1000, max(1, len(names) // 10))])
     train = lists.pop("train", set(names)).difference(*lists.values())
     return lists, train
 

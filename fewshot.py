@@ -273,7 +273,7 @@ def open_dataset(source, root):
 
     def wanted(path):
         hidden = any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
-        return path.lower().endswith(cc.IMG_EXTENSIONS) and not hidden
+        return path.lower().endswith(cc.EXTENSIONS) and not hidden
 
     with cc.blame(f"--data {source}"):
         options = {"loader": cc.open_image, "is_valid_file": wanted, "allow_empty": True}
