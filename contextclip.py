@@ -1031,6 +1031,8 @@ def choose_device(name="auto"):
 
 def print_table(rows):
     """Print dictionaries of the same keys, a line each; a column each where there are many keys."""
+    if not rows:
+        return
     formats = {"loss": ".3f", "seconds": ".0f", "images/s": ",.0f"}
     cells = [list(rows[0])]
     for row in rows:

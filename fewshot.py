@@ -33,7 +33,7 @@ import contextclip as cc
 
 # ---- 1. Classifiers ------------------------------------------------------------------------------
 # One signature: query x (Q, d), support X_s (S, d) with labels (S,), text T (C, d), all normalised;
-# scale, how far to trust the text, from `text_scale`; then hyper-parameters. Returns scores (Q, C):
+# scale, how far to trust the text (`text_scale`); then hyper-parameters. Returns scores (Q, C):
 # the highest wins, of equal ones the first class. Y_s: the labels, one-hot.
 
 
@@ -82,22 +82,21 @@ def vote(query, support, labels, text, scale, k, weight):
     return votes.scatter_add_(1, labels[nearest], weights.to(query))
 
 
-def gda(query, support, labels, text, scale, shrink, s=0.0):
-    """Gaussian discriminant analysis: x S^-1 M_c - M_c S^-1 M_c / 2 + s scale x T^t, M the class
-    means, S the covariance within classes, shrunk to a multiple of 1 (Wang et al. 2024)."""
+def gda(query, support, labels, text, scale, shrink, trust=0.0):
+    """Gaussian discriminant analysis: x S^-1 M_c - M_c S^-1 M_c / 2 + trust scale x T^t, M the
+    class means, S the covariance within classes, shrunk towards the identity (Wang et al. 2024)."""
     counts = F.one_hot(labels, len(text)).to(query)
     M = counts.T @ support / counts.sum(0)[:, None]
     rest = support - M[labels]
     S = rest.T @ rest / len(rest)
     mean = S.trace() / len(S)
-    if mean < 1e-9:  # one shot: these are the prototypes
+    if mean < 1e-9:  # one shot, S = 0: with the identity these are the prototypes
         S, mean = torch.zeros_like(S), 1.0
     S = (1 - shrink) * S + shrink * mean * torch.eye(len(S)).to(S)
     W = torch.linalg.solve(S, M.T)  # (d, C)
-    return query @ W - (M.T * W).sum(0) / 2 + s * scale * (query @ text.T)
+    return query @ W - (M.T * W).sum(0) / 2 + trust * scale * (query @ text.T)
 
 
-@torch.enable_grad()
 def linear_probe(query, support, labels, text, scale, l2):
     """x W^t + c of the least mean cross-entropy of the support + l2 |W|^2 / 2."""
     W = torch.zeros_like(text, requires_grad=True)
@@ -114,7 +113,6 @@ def linear_probe(query, support, labels, text, scale, l2):
     return (query @ W.T + c).detach()
 
 
-@torch.enable_grad()
 def tip_adapter_f(query, support, labels, text, scale, a, b, lr, steps=20):
     """Tip-Adapter whose keys, at first X_s, are trained: AdamW lowers the cross-entropy of support
     images, at most 128 a step, each classified by the others' keys and the text."""
@@ -142,19 +140,22 @@ SIX = {  # the paper's training-free classifiers, with their hyper-parameters
 }
 MEAN = "mean of the six"
 SHRINK = [0.01, 0.03, 0.1, 0.3, 0.9]
-CLASSIFIERS = {"zero-shot": (zero_shot, {})} | SIX
-CLASSIFIERS |= {
-    "GDA": (gda, {"shrink": SHRINK}),
-    "GDA + text": (gda, {"shrink": SHRINK, "s": [0.5, 2]}),
-    "linear probe": (linear_probe, {"l2": [1e-5, 1e-4, 1e-3]}),
-    "Tip-Adapter-F": (tip_adapter_f, {"a": [30], "b": [8], "lr": [1e-3, 3e-3, 1e-2]}),
-}
+CLASSIFIERS = (
+    {"zero-shot": (zero_shot, {})}
+    | SIX
+    | {
+        "GDA": (gda, {"shrink": SHRINK}),
+        "GDA + text": (gda, {"shrink": SHRINK, "trust": [0.5, 2]}),
+        "linear probe": (linear_probe, {"l2": [1e-5, 1e-4, 1e-3]}),
+        "Tip-Adapter-F": (tip_adapter_f, {"a": [30], "b": [8], "lr": [1e-3, 3e-3, 1e-2]}),
+    }
+)
 
 
 def text_scale(support, labels, text, tau):
     """How far to trust the text: the scale s, a share of the model's tau, at which softmax(s x T^t)
     gives the support its labels with the highest likelihood; 0 where captions say nothing."""
-    scales = tau * torch.tensor([0, *2.0 ** torch.arange(-6, 1)]).to(support)
+    scales = tau * torch.tensor([0, *(2.0**e for e in range(-6, 1))]).to(support)
     logits = scales[:, None, None] * (support @ text.T)  # (scales, S, C)
     right = logits.log_softmax(-1)[:, torch.arange(len(labels), device=labels.device), labels]
     return scales[right.mean(1).argmax()]
@@ -162,10 +163,10 @@ def text_scale(support, labels, text, tau):
 
 # ---- 2. Tasks ------------------------------------------------------------------------------------
 
-TASKS = {  # name: group, what "character name" begins with; group: whether words are trained
+TASKS = {  # name: group, pattern of how "é latin small letter e with acute" begins
     "digits": ("seen", ". digit"), "Latin capitals": ("seen", "[A-Z]"),
     "Latin small letters": ("seen", "[a-z]"), "Greek": ("seen", ". greek"),
-    "arrows": ("seen", "[\u2190-\u21ff]"), "operators": ("seen", "[\u2200-\u22ff]"),
+    "arrows": ("seen", "[\u2190-\u21cf]"), "operators": ("seen", "[\u2200-\u223f]"),
     "capitals + diacritic": ("combined", ". latin capital letter [a-z] with "),
     "small + diacritic": ("combined", ". latin small letter [a-z] with "),
     "Cyrillic": ("unseen", "[\u0410-\u044f]"), "Armenian": ("unseen", ". armenian"),
@@ -179,10 +180,11 @@ TASKS = {  # name: group, what "character name" begins with; group: whether word
 GROUPS = {
     "seen": "characters trained, typefaces never seen",
     "combined": "letter and diacritic never seen together",
-    "unseen": "words and characters never seen",
+    "unseen": "scripts never trained, no zero-shot",
     "own": "your own",
+    "unnamed": "your own without class names, no zero-shot",
 }
-MOST = 40  # classes of a task
+NO_TEXT = ("unseen", "unnamed")
 
 
 @dataclass
@@ -203,8 +205,9 @@ def card_task(cards, name, group, members, faces):
 
     def draw(seed, shots, queries):
         parts = []
-        for role, count in (("query", queries), *[("support", 1)] * shots):
-            torch.manual_seed(zlib.crc32(f"{name} {seed} {role} {len(parts)}".encode()))
+        for i in range(1 + shots):  # the queries, then shot by shot
+            role, count = ("support", 1) if i else ("query", queries)
+            torch.manual_seed(zlib.crc32(f"{name} {seed} {role} {i}".encode()))
             images, _ = cc.draw_cards(cards, members.repeat(count), faces)
             parts.append(images.unflatten(0, (count, len(members))))
         return torch.cat(parts)
@@ -217,36 +220,31 @@ def card_tasks(cards, names=TASKS):
     scripts exist in DejaVu alone: there the characters are new, the typefaces are not."""
     tasks, trained = [], set(cards.train.tolist())
     for name in dict.fromkeys(names):
-        group, start = TASKS[name]
+        group, pattern = TASKS[name]
         faces = "train" if group == "unseen" else "test"
-        has = cards.drawn[:, cc.FACE_SPLITS[faces]].any(1).tolist()
+        drawn = cards.drawn[:, cc.FACE_SPLITS[faces]].any(1).tolist()
         members = []
         for character, i in cards.index.items():
             new = cc.split_of(character, cards.names[i]) == "test"
-            known = group == "unseen" or cards.knows(i)
-            fits = i in trained if group == "seen" else new and known
-            if fits and has[i] and re.match(start, f"{character} {cards.names[i]}"):
+            fits = {"seen": i in trained, "combined": new and cards.knows(i), "unseen": new}[group]
+            if fits and drawn[i] and re.match(pattern, f"{character} {cards.names[i]}"):
                 members.append(i)
-        members.sort(key=lambda i: zlib.crc32(cards.names[i].encode()))
+        members.sort(key=lambda i: zlib.crc32(cards.names[i].encode()))  # 40 by chance
         if len(members) > 1:  # a model of few characters has not seen all
-            tasks.append(card_task(cards, name, group, sorted(members[:MOST]), faces))
+            tasks.append(card_task(cards, name, group, sorted(members[:40]), faces))
     return tasks
 
 
 def validation_tasks(cards):
     """Tasks to choose hyper-parameters on: cards neither trained nor tested."""
-    return [
-        card_task(cards, name, "validation", members[:MOST], "validation")
-        for name, members in cards.validation.items()
-    ]
+    split = "validation"
+    return [card_task(cards, name, split, m, split) for name, m in cards.validation.items()]
 
 
 # ---- 3. Your own images --------------------------------------------------------------------------
 
 TEST = {"train": False}
-UPRIGHT = partial(
-    Image.Image.transpose, method=Image.Transpose.TRANSPOSE
-)  # EMNIST lies on its side
+UPRIGHT = partial(Image.Image.transpose, method=Image.Transpose.TRANSPOSE)  # EMNIST lies sideways
 DATASETS = {  # of torchvision: how its test part is had
     "MNIST": TEST, "FashionMNIST": TEST, "KMNIST": TEST, "QMNIST": TEST, "USPS": TEST,
     "EMNIST": TEST | {"split": "letters", "transform": UPRIGHT}, "CIFAR10": TEST, "CIFAR100": TEST,
@@ -257,18 +255,17 @@ DATASETS = {  # of torchvision: how its test part is had
 
 
 def open_dataset(source, root):
-    """A folder with a folder per class (of train, val and test the last), or a torchvision dataset,
-    downloaded into `root` if need be. Raises UserError."""
+    """A folder with a folder per class, or the test or validation part of one with parts, of paths;
+    or a torchvision dataset, downloaded into `root` if need be. Raises UserError."""
     folder = Path(source)
     if not folder.is_dir():
         if source not in DATASETS:
             raise cc.UserError(f"--data {source}: no such folder, nor one of {', '.join(DATASETS)}")
         with cc.blame(f"--data {source}: cannot be had (a missing package: pip install it)"):
             return getattr(datasets, source)(root, download=True, **DATASETS[source])
-    for part in ("valid", "val", "test"):
-        if Path(source, "train").is_dir() and Path(source, part).is_dir():
-            folder = Path(source, part)
-    if folder != Path(source):
+    parts = [part for name in ("test", "val", "valid") if (part := folder / name).is_dir()]
+    if parts and (folder / "train").is_dir():
+        folder = parts[0]
         print(f"{source}: its part {folder.name}")
 
     def wanted(path):
@@ -276,19 +273,33 @@ def open_dataset(source, root):
         return path.lower().endswith(cc.EXTENSIONS) and not hidden
 
     with cc.blame(f"--data {source}"):
-        options = {"loader": cc.open_image, "is_valid_file": wanted, "allow_empty": True}
+        options = {"loader": str, "is_valid_file": wanted, "allow_empty": True}
         return datasets.ImageFolder(folder, **options)
 
 
 def spell(name):
-    """A class's name in a caption: of "0 - zero" and ("zero", "nought") the word, of "0" too."""
-    name = re.sub(r"^\d - ", "", name[0] if isinstance(name, tuple) else name).replace("_", " ")
+    """A class's name in a caption: of "0 - zero" the word, and of "0" too."""
+    name = re.sub(r"^\d - ", "", name).replace("_", " ")
     return cc.NUMERALS[int(name)] if name in list("0123456789") else name
 
 
-def read_dataset(source, args, settings):
-    """images (N, 1 or 3, S, S), labels (N,), {label: class name} and the group of a task of them:
-    without class names there is no zero-shot. Raises UserError."""
+def with_plates(images, cards):
+    """A number plate over each image (N, 1, 32, 32), in its own shades: the median and the value
+    farthest from it."""
+    torch.manual_seed(0)
+    images = images.to(cards.device, copy=True)
+    flat = images.flatten(1)
+    paper = flat.median(dim=1, keepdim=True).values
+    pen = flat.gather(1, (flat - paper).abs().argmax(dim=1, keepdim=True))
+    numbers = torch.randint(10, (len(images), 3), device=cards.device)
+    paper, pen = paper[..., None, None], pen[..., None, None]
+    cc.lay_plates(images, cards, numbers, "test", paper, pen)
+    return images
+
+
+def read_dataset(source, args, settings, cards=None):
+    """images (N, 1 or 3, S, S), labels (N,), {label: class name} and the group of a task of them.
+    Raises UserError."""
     dataset = open_dataset(source, args.out / "data")
     fit = cc.preprocess(settings)
 
@@ -305,7 +316,9 @@ def read_dataset(source, args, settings):
     names = {y: spell(classes[y]) if classes else f"class {y}" for y in sorted(set(labels))}
     if len({tuple(cc.split_words(name)) for name in names.values()}) < max(2, len(names)):
         raise cc.UserError(f"--data {source}: it needs two classes or more, of different names")
-    return torch.stack([x for x, _ in pairs]), labels, names, "own" if classes else "unseen"
+    images = torch.stack([image for image, _ in pairs])
+    images = with_plates(images, cards) if args.plate else images
+    return images, labels, names, "own" if classes else "unnamed"
 
 
 def image_task(source, args, images, labels, names, group, part=slice(None)):
@@ -314,7 +327,8 @@ def image_task(source, args, images, labels, names, group, part=slice(None)):
     members = [np.flatnonzero(labels == y)[part] for y in names]
     for name, found in zip(names.values(), members, strict=True):
         if len(found) < args.queries + max(args.shots):
-            few = f"{len(found)} images are too few for {args.queries} queries, {args.shots} shots"
+            few = f"{len(found)} images" + " (a half of them)" * (part.step == 2)
+            few += f" are too few for {args.queries} queries, {max(args.shots)} shots"
             raise cc.UserError(f"--data {source}, {name}: {few}")
 
     def draw(seed, shots, queries):
@@ -322,21 +336,7 @@ def image_task(source, args, images, labels, names, group, part=slice(None)):
         return images[np.stack([order[: queries + shots] for order in orders], axis=1)]
 
     captions = [[text.replace("{}", name) for text in args.template] for name in names.values()]
-    return Task(str(Path(source)), group, captions, draw)
-
-
-def with_plates(images, cards):
-    """A number plate over each image (N, 1, 32, 32), in its own shades: the median and the value
-    farthest from it."""
-    torch.manual_seed(0)
-    images = images.to(cards.device, copy=True)
-    flat = images.flatten(1)
-    paper = flat.median(dim=1, keepdim=True).values
-    pen = flat.gather(1, (flat - paper).abs().argmax(dim=1, keepdim=True))
-    numbers = torch.randint(10, (len(images), 3), device=cards.device)
-    paper, pen = paper[..., None, None], pen[..., None, None]
-    cc.lay_plates(images, cards, numbers, "test", paper, pen)
-    return images
+    return Task(source, group, captions, draw)
 
 
 # ---- 4. Evaluation -------------------------------------------------------------------------------
@@ -365,50 +365,56 @@ def accuracy(method, embedded, shots, hyper):
     return 100 * right.float().mean().item()
 
 
-def choose_hyperparameters(method, embedded, shots):
-    """{shots: hyper-parameters} of the highest mean accuracy on the validation tasks, of equal ones
-    the first. One choice for all models: else its noise would pass for a gain."""
-    grid = CLASSIFIERS[method][1]
-    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    chosen = {}
-    for k in [0] if method == "zero-shot" else shots:
-        means = [np.mean([accuracy(method, e, k, point) for e in embedded]) for point in points]
-        chosen[k] = points[int(np.argmax(means))]
-    return chosen
+def episodes(models, tasks, seeds, shots, queries):
+    """(model's name, task, seed, embeddings) of each, drawn one by one: draws seed torch."""
+    combinations = list(itertools.product(tasks, models, seeds))
+    for task, name, seed in tqdm(combinations, "episodes", leave=False, disable=None):
+        yield name, task, seed, embed(models[name], task, seed, shots, queries)
 
 
-def classify(episode, hyper):
-    """Its rows (model, task, group, method, shots, seed, accuracy), zero-shot with 0 shots and only
-    where the words of the captions are trained."""
-    name, task, seed, embedded = episode
-    rows = []
-    for method, points in hyper.items():
-        for k, point in points.items():
-            if k or task.group != "unseen":
-                value = accuracy(method, embedded, k, point)
-                rows.append((name, task.name, task.group, method, k, seed, value))
-    return rows
-
-
-def evaluate(models, tasks, validation, methods, shots, seeds, queries, hyper=None):
-    """`classify`'s rows of one training run's models and {method: {shots: hyper-parameters}}, those
-    given or chosen on the validation tasks. Each core works on episodes of its own."""
-    threads, most = torch.get_num_threads(), max(shots)
+def in_threads(function, items):
+    """[function(item), ...], a thread per core: small operators on several wait for each other."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-
-    def episodes(tasks, seeds):
-        chances = list(itertools.product(tasks, models, seeds))
-        for task, name, seed in tqdm(chances, "episodes", leave=False, disable=None):
-            yield name, task, seed, embed(models[name], task, seed, most, queries)
-
     with ThreadPoolExecutor(threads) as pool:
-        if not hyper:
-            embedded = [episode[-1] for episode in episodes(validation, range(2))]
-            choose = partial(choose_hyperparameters, embedded=embedded, shots=shots)
-            hyper = dict(zip(methods, pool.map(choose, methods), strict=True))
-        rows = sum(pool.map(partial(classify, hyper=hyper), episodes(tasks, seeds)), [])
+        results = list(pool.map(function, items))
     torch.set_num_threads(threads)
-    return rows, hyper
+    return results
+
+
+def choose(models, validation, methods, shots, queries):
+    """{method: {shots: hyper-parameters}} of the highest mean accuracy on the validation tasks, of
+    equal ones the first. One choice for all models: else its noise would pass for a gain."""
+    chances = episodes(models, validation, range(2), max(shots), queries)
+    embedded = in_threads(lambda episode: episode[-1], chances)
+
+    def best(method):
+        grid = CLASSIFIERS[method][1]
+        points = [dict(zip(grid, v, strict=True)) for v in itertools.product(*grid.values())]
+        chosen = {}
+        for k in [0] if method == "zero-shot" else shots:
+            means = [np.mean([accuracy(method, e, k, point) for e in embedded]) for point in points]
+            chosen[k] = points[int(np.argmax(means))]
+        return chosen
+
+    return dict(zip(methods, in_threads(best, methods), strict=True))
+
+
+def evaluate(models, tasks, chosen, seeds, shots, queries):
+    """Rows (model, task, group, method, shots, seed, accuracy) of one training run's models;
+    zero-shot has 0 shots, and none where words of the captions were never trained."""
+
+    def classify(episode):
+        name, task, seed, embedded = episode
+        rows = []
+        for method, points in chosen.items():
+            for k, point in points.items():
+                if k or task.group not in NO_TEXT:
+                    value = accuracy(method, embedded, k, point)
+                    rows.append((name, task.name, task.group, method, k, seed, value))
+        return rows
+
+    return sum(in_threads(classify, episodes(models, tasks, seeds, shots, queries)), [])
 
 
 # ---- 5. Tables and figures -----------------------------------------------------------------------
@@ -421,40 +427,38 @@ def interval(values):
     """values (tasks, seeds) -> the mean and the half-width of its 95 % interval, tasks and seeds
     both drawn by chance: two-way clustered variance (Cameron, Gelbach, Miller 2011), Student's t
     with the smaller number less 1."""
-    rest = values - values.mean()
+    deviations = values - values.mean()
 
     def variance(sums):  # of the mean, from independent sums of deviations
         return (sums**2).sum() / values.size**2 * len(sums) / max(1, len(sums) - 1)
 
-    tasks, seeds = variance(rest.sum(1)), variance(rest.sum(0))
+    tasks, seeds = variance(deviations.sum(1)), variance(deviations.sum(0))
+    both = variance(deviations.ravel())  # is counted in either
     freedom = min((n - 1 for n in values.shape if n > 1), default=0)
-    most = max(tasks + seeds - variance(rest.ravel()), tasks, seeds)
-    return values.mean(), STUDENT[min(freedom, 10)] * most**0.5
+    total = max(tasks + seeds - both, tasks, seeds)
+    return values.mean(), STUDENT[min(freedom, 10)] * total**0.5
 
 
 def tabulate(rows, per_run):
-    """{(model, method, shots): accuracies (tasks, runs)} and {key: groups of its tasks}; the
-    `per_run` draws of images of a training run count as one, their mean; with one training run the
-    draws stand for runs."""
-    cells, table, groups = {}, {}, {}
-    for model, task, group, method, shots, _, value in rows:
-        cells.setdefault((model, method, shots), {}).setdefault((task, group), []).append(value)
+    """{(model, method, shots): accuracies (tasks, runs)}; the `per_run` draws of images of a
+    training run count as one, their mean; with one training run the draws stand for runs."""
+    cells, table = {}, {}
+    for model, task, _, method, shots, _, value in rows:
+        cells.setdefault((model, method, shots), {}).setdefault(task, []).append(value)
     for key, tasks in cells.items():
-        values = np.array(list(tasks.values()))
+        values = np.array(list(tasks.values()))  # (tasks, runs x draws), run by run
         runs = values.reshape(len(values), -1, per_run).mean(2)
         table[key] = runs if runs.shape[1] > 1 else values
-        groups[key] = np.array([group for _, group in tasks])
     for model, method, shots in list(table):
         if method == "prototypes" and all((model, m, shots) in table for m in SIX):
             table[model, MEAN, shots] = np.mean([table[model, m, shots] for m in SIX], axis=0)
-            groups[model, MEAN, shots] = groups[model, method, shots]
-    return table, groups
+    return table
 
 
 def efficiency(base, context, shots):
     """Sample efficiency at each number of shots k: how many shots the base needs for the accuracy
-    of context with k, read off its curve over log2 shots, divided by k; inf beyond its most, and
-    below its fewest the fewest / k."""
+    of context with k, read off its curve over log2 shots, divided by k; inf where it never gets
+    there; where its fewest shots do better, the fewest / k."""
     needed = np.interp(context, np.maximum.accumulate(base), np.log2(shots), right=np.inf)
     return 2**needed / np.array(shots)
 
@@ -464,38 +468,37 @@ def signed(values):
     return f"{mean:+.1f} ± {width:.1f}".removesuffix(" ± nan")
 
 
-def report(table, groups, shots):
+def report(table, tasks, shots):
     """Print the tables. Means are over tasks, each of which counts the same, and training runs."""
     models, methods = (list(dict.fromkeys(key[i] for key in table)) for i in (0, 1))
     methods = [method for method in methods if method != "zero-shot"]
+    groups = np.array([task.group for task in tasks if task.group not in NO_TEXT])
     for model in models:
-        if methods:
-            print()
-            rows = []
-            for m in methods:
-                rows.append({model: m} | {f"{k}-shot": table[model, m, k].mean() for k in shots})
-            cc.print_table(rows)
-        if (model, "zero-shot", 0) in table:
-            accuracies, kinds = table[model, "zero-shot", 0], groups[model, "zero-shot", 0]
-            for kind in dict.fromkeys(kinds):
-                print(f"{model}, zero-shot, {kind}: {accuracies[kinds == kind].mean():.1f}")
+        rows = []
+        for m in methods:
+            rows.append({model: m} | {f"{k}-shot": table[model, m, k].mean() for k in shots})
+        cc.print_table(rows)
+        for group in dict.fromkeys(groups) if (model, "zero-shot", 0) in table else ():
+            mean = table[model, "zero-shot", 0][groups == group].mean()
+            print(f"{model}, zero-shot, {group}: {mean:.1f}")
+        print()
     for context in models:
         if BASES.get(context) in models:
-            compare(table, BASES[context], context, methods, shots)
+            compare(table, tasks, BASES[context], context, methods, shots)
 
 
-def compare(table, base, context, methods, shots):
-    """Print what context adds to its base, with intervals."""
+def compare(table, tasks, base, context, methods, shots):
+    """Print what context adds to its base, with intervals, and by task at 16 shots or the most."""
     gains = {key[1:]: table[key] - table[base, *key[1:]] for key in table if key[0] == context}
     title = f"{context} - {base}"
     if ("zero-shot", 0) in gains:
-        print(f"\n{title}, zero-shot, known words:", signed(gains["zero-shot", 0]))
-    if not methods:
-        return
+        print(f"{title}, zero-shot:", signed(gains["zero-shot", 0]))
     rows = [{title: m} | {f"{k}-shot": signed(gains[m, k]) for k in shots} for m in methods]
-    m = MEAN if MEAN in methods else methods[-1]
-    tasks = {f"{k}-shot": f"{(gains[m, k].mean(1) > 0).sum()} of {len(gains[m, k])}" for k in shots}
-    cc.print_table([*rows, {title: f"tasks gain, {m}"} | tasks])
+    if MEAN in methods:
+        counts = [(gains[MEAN, k].mean(1) > 0).sum() for k in shots]
+        counts = {f"{k}-shot": f"{n} of {len(tasks)}" for k, n in zip(shots, counts, strict=True)}
+        rows.append({title: "tasks that gain"} | counts)
+    cc.print_table(rows)
     if MEAN in methods:
         several = [k for k in shots if k >= 4] or shots
         mean = sum(gains[MEAN, k] for k in several) / len(several)
@@ -503,51 +506,37 @@ def compare(table, base, context, methods, shots):
         curves = [[table[model, MEAN, k].mean() for k in shots] for model in (base, context)]
         times = zip(shots, efficiency(*curves, shots), strict=True)
         print("sample efficiency:", ", ".join(f"{k}-shot {time:.2f}" for k, time in times))
+        k = max([k for k in shots if k <= 16], default=shots[0])
+        rows = []
+        for i, task in enumerate(tasks):
+            row = {f"{MEAN}, {k}-shot": task.name, "group": task.group}
+            row |= {model: table[model, MEAN, k][i].mean() for model in (base, context)}
+            rows.append(row | {title: signed(gains[MEAN, k][i : i + 1])})
+        print()
+        cc.print_table(rows)
 
 
-def draw_curves(table, groups, shots, path):
+def draw_curves(table, tasks, shots, path):
     """Accuracy against shots, the mean of the six, with bands over runs: a panel per group."""
     models = [model for model, method, k in table if (method, k) == (MEAN, shots[0])]
-    kinds = groups[models[0], MEAN, shots[0]]
-    panels = ["all", *dict.fromkeys(kinds)] if len(set(kinds)) > 1 else [kinds[0]]
+    groups = np.array([task.group for task in tasks])
+    panels = ["all", *dict.fromkeys(groups)] if len(set(groups)) > 1 else [groups[0]]
     figure = Figure((3.3 * len(panels) + 0.5, 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, panel in zip(axes, panels, strict=True):
-        chosen = (kinds == panel) | (panel == "all")
-        for model in models:
-            color, line = ("#D55E00", "s-") if model in BASES else ("#0072B2", "o--")
+        chosen = (groups == panel) | (panel == "all")
+        for i, model in enumerate(models):
             values = [table[model, MEAN, k][chosen].mean(0, keepdims=True) for k in shots]
             mean, width = np.nan_to_num(np.array([interval(v) for v in values]).T)
-            axis.plot(shots, mean, line, markersize=4, color=color, label=model)
-            axis.fill_between(shots, mean - width, mean + width, color=color, alpha=0.25)
+            line = "s-" if model in BASES else "o--"
+            axis.plot(shots, mean, line, markersize=4, color=f"C{i}", label=model)
+            axis.fill_between(shots, mean - width, mean + width, color=f"C{i}", alpha=0.25)
         axis.set(title=f"{panel}: {sum(chosen)} task(s)", xlabel="shots", xscale="log")
         axis.set_xticks(shots, map(str, shots))
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"% right, {MEAN}")
     axes[0].legend(fontsize=8)
-    save_figure(figure, path)
-
-
-def draw_gains(table, groups, tasks, base, context, k, path):
-    """The gain of context, one bar per task, sorted, with intervals over runs."""
-    gains = table[context, MEAN, k] - table[base, MEAN, k]
-    kinds = groups[base, MEAN, k]
-    bars = [(*interval(g[None]), *rest) for g, *rest in zip(gains, tasks, kinds, strict=True)]
-    figure = Figure((6.5, 0.9 + 0.24 * len(bars)), layout="constrained")
-    axis = figure.subplots()
-    colors = {"seen": ("#0072B2", ""), "combined": ("#E69F00", "//"), "unseen": ("#009E73", "..")}
-    colors |= {"own": ("#999999", "")}
-    bars.sort()
-    for group, (color, hatch) in colors.items():
-        rows = [(y, mean, width) for y, (mean, width, _, g) in enumerate(bars) if g == group]
-        y, mean, width = np.nan_to_num(np.array(rows).reshape(-1, 3)).T
-        label = f"{group}: {GROUPS[group]}" if rows else None
-        axis.barh(y, mean, xerr=width, color=color, hatch=hatch, edgecolor="white", label=label)
-    axis.set_yticks(range(len(bars)), [bar[2] for bar in bars], fontsize=8)
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_xlabel(f"{context} - {base} at {k} shots, points of accuracy, {MEAN}")
-    axis.legend(fontsize=8, loc="lower right")
     save_figure(figure, path)
 
 
@@ -578,7 +567,9 @@ def make_parser():
     description = "Few-shot classification with trained models."
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=description)
     add = partial(parser.add_argument, metavar="X")
-    add("--checkpoint", nargs="+", type=Path, help="models, of several folders as runs (in OUT)")
+    add(
+        "--checkpoint", nargs="+", type=Path, help="models; a folder is one training run (OUT/*.pt)"
+    )
     shots = [1, 2, 4, 8, 16, 32]
     add("--shots", default=shots, nargs="+", type=int, help="images per class (1 2 4 8 16 32)")
     add("--seeds", type=int, default=3, help="draws of images, per training run (3)")
@@ -614,37 +605,27 @@ def main(arguments=None):
         raise cc.UserError("these models were trained on images of your own: what is --data?")
     if args.plate:  # made for 32 pixels; models of another size resize the images
         settings = replace(settings, image_size=cc.SIZE)
-    read = {source: read_dataset(source, args, settings) for source in args.data}
+    cards = None if settings.data else cc.Cards(device, settings)
+    own = [(source, args, *read_dataset(source, args, settings, cards)) for source in args.data]
     if settings.data:  # hyper-parameters are chosen on half of the images of each class
-        tasks = [image_task(source, args, *read[source], slice(0, None, 2)) for source in read]
-        validation = [image_task(source, args, *read[source], slice(1, None, 2)) for source in read]
+        tasks = [image_task(*data, slice(0, None, 2)) for data in own]
+        validation = [image_task(*data, slice(1, None, 2)) for data in own]
     else:
-        cards = cc.Cards(device, settings)
+        tasks = [image_task(*data) for data in own] or card_tasks(cards, args.tasks)
         validation = validation_tasks(cards)
-        tasks = [] if read else card_tasks(cards, args.tasks)
-        for source, (images, *others) in read.items():
-            images = with_plates(images, cards) if args.plate else images
-            tasks.append(image_task(source, args, images, *others))
     if not tasks:
         raise cc.UserError("these models were trained on too few characters for these tasks")
-    rows, hyper = [], None  # of the first run, for all
+    rows, chosen = [], choose(runs[0], validation, args.methods, shots, args.queries)
     for i, models in enumerate(runs):
         seeds = range(i * args.seeds, (i + 1) * args.seeds)
-        what = (models, tasks, validation, args.methods, shots, seeds, args.queries, hyper)
-        more, hyper = evaluate(*what)
-        rows += more
+        rows += evaluate(models, tasks, chosen, seeds, max(shots), args.queries)
     columns = ("model", "task", "group", "method", "shots", "seed", "accuracy")
     cc.write_csv(args.out / "fewshot.csv", [columns, *rows])
-    cc.write_file(args.out / "fewshot.json", json.dumps(hyper, indent=1).encode())
-    table, groups = tabulate(rows, args.seeds)
-    report(table, groups, shots)
+    cc.write_file(args.out / "fewshot.json", json.dumps(chosen, indent=1).encode())
+    table = tabulate(rows, args.seeds)
+    report(table, tasks, shots)
     if any(method == MEAN for _, method, _ in table):
-        draw_curves(table, groups, shots, args.out / "accuracy_vs_shots.png")
-        names = [task.name for task in tasks]
-        k = max([k for k in shots if k <= 16], default=shots[0])
-        pairs = [(BASES[m], m) for m in runs[0] if BASES.get(m) in runs[0]]
-        for base, context in pairs[:1]:  # one figure
-            draw_gains(table, groups, names, base, context, k, args.out / "gain_per_task.png")
+        draw_curves(table, tasks, shots, args.out / "accuracy_vs_shots.png")
 
 
 if __name__ == "__main__":

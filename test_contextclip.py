@@ -817,7 +817,7 @@ HYPER = {
     "softmax vote": {"k": 4},
     "rank vote": {"k": 4},
     "GDA": {"shrink": 0.1},
-    "GDA + text": {"shrink": 0.1, "s": 2.0},
+    "GDA + text": {"shrink": 0.1, "trust": 2.0},
     "linear probe": {"l2": 1e-2},
     "Tip-Adapter-F": {"a": 3.0, "b": 5.0, "lr": 1e-2},
 }
@@ -849,7 +849,7 @@ def naive_scores(name, q, s, labels, text, scale, h):
         S = (1 - h["shrink"]) * S + h["shrink"] * S.trace() / len(S) * torch.eye(len(S)).to(S)
         inverse = S.inverse()
         plain = [float(q @ inverse @ m - m @ inverse @ m / 2) for m in means]
-        add = h.get("s", 0) * scale
+        add = h.get("trust", 0) * scale
         return [p + add * float(q @ t) for p, t in zip(plain, text, strict=True)]
     if name in ("Tip-Adapter", "Tip-X"):
         out = []
@@ -995,7 +995,7 @@ def all_cards():
 def test_there_are_21_tasks_in_three_groups(all_cards):
     cards, tasks = all_cards, fs.card_tasks(all_cards)
     assert len(tasks) == 21 and {task.group for task in tasks} == {"seen", "combined", "unseen"}
-    assert all(10 <= len(task.captions) <= fs.MOST for task in tasks)
+    assert all(10 <= len(task.captions) <= 40 for task in tasks)
     names = {group: set() for group in ("seen", "combined", "unseen")}
     for task in tasks:
         names[task.group] |= {name for (name,) in task.captions}
@@ -1053,19 +1053,21 @@ def test_sample_efficiency_by_hand():
 def test_draws_of_one_training_run_count_as_one():
     values = enumerate([1, 3, 5, 7])
     rows = [("clip", "a", "seen", "prototypes", 1, seed, value) for seed, value in values]
-    table, _ = fs.tabulate(rows, per_run=2)
+    table = fs.tabulate(rows, per_run=2)
     assert table["clip", "prototypes", 1].tolist() == [[2, 6]]
-    table, _ = fs.tabulate(rows, per_run=4)
+    table = fs.tabulate(rows, per_run=4)
     assert table["clip", "prototypes", 1].tolist() == [[1, 3, 5, 7]]
 
 
 def test_the_table_of_gains_is_context_less_base(capsys):
     base = np.array([[1.0, 2.0], [5.0, 6.0], [1.0, 2.0]])
     context = base + [[2], [-1], [2]]
-    table = {("clip", "prototypes", 4): base, ("clixp", "prototypes", 4): context}
-    fs.compare(table, "clip", "clixp", ["prototypes"], [4])
+    table = {("clip", fs.MEAN, 4): base, ("clixp", fs.MEAN, 4): context}
+    tasks = [fs.Task(name, "seen", [], None) for name in "abc"]
+    fs.compare(table, tasks, "clip", "clixp", [fs.MEAN], [4])
     printed = capsys.readouterr().out
     assert "+1.0 ± " in printed and "2 of 3" in printed and "nan" not in printed
+    assert re.search(r"b +seen +5.5 +4.5 +-1.0 ± 0.0", printed)
 
 
 @pytest.fixture(scope="session")
@@ -1102,7 +1104,7 @@ def test_a_small_evaluation_from_end_to_end(trained, tmp_path, capsys):
     tasks += methods
     run_fewshot(tmp_path, *tasks)
     printed = capsys.readouterr().out
-    assert "clixp - clip" in printed and "GDA + text" in printed and "tasks gain" in printed
+    assert "clixp - clip" in printed and "GDA + text" in printed and "tasks that gain" in printed
     first = (tmp_path / "fewshot.csv").read_text()
     rows = list(csv.DictReader(first.splitlines()))
     assert len(rows) == 2 * 2 * (2 * 7 * 2) + 2 * 2  # models, seeds; tasks, methods, shots; text
@@ -1111,8 +1113,7 @@ def test_a_small_evaluation_from_end_to_end(trained, tmp_path, capsys):
     mean = np.mean([float(row["accuracy"]) for row in rows if row.items() >= cell.items()])
     line = next(line for line in printed.splitlines() if line.startswith("prototypes"))
     assert line.split()[-1] == f"{mean:.1f}"
-    for name in ("accuracy_vs_shots", "gain_per_task"):
-        assert Image.open(tmp_path / f"{name}.png").size[0] > 300
+    assert Image.open(tmp_path / "accuracy_vs_shots.png").size[0] > 300
     run_fewshot(tmp_path, *tasks)
     assert (tmp_path / "fewshot.csv").read_text() == first
     assert not list(tmp_path.glob("*.tmp"))
@@ -1123,23 +1124,14 @@ def test_hyperparameters_are_the_best_of_their_grid_and_the_first_of_equal_ones(
         return {1: 50, 2: 70, 4: 70, 8: 60, 16: 10, 32: 10}[h["k"]] + embedded
 
     monkeypatch.setattr(fs, "accuracy", accuracy)
-    chosen = fs.choose_hyperparameters("plurality vote", [0, 1], [1, 2])
-    assert chosen == {1: {"k": 2}, 2: {"k": 2}}
-
-
-def test_no_choice_depends_on_the_queries_that_are_reported(trained, monkeypatch):
-    cards = cc.Cards("cpu", cc.Settings(characters=60))
-    models = {"clip": cc.load(trained / "clip.pt")}
-    tasks, validation = fs.card_tasks(cards, ["digits"]), fs.validation_tasks(cards)[:1]
-    methods = ["rank vote", "Tip-Adapter"]
-    _, hyper = fs.evaluate(models, tasks, validation, methods, [1, 2], [0], 2)
-    shape = (len(tasks[0].captions), 1, 32, 32)
-    monkeypatch.setattr(tasks[0], "draw", lambda seed, k, queries: torch.rand(queries + k, *shape))
-    assert fs.evaluate(models, tasks, validation, methods, [1, 2], [0], 2)[1] == hyper
+    monkeypatch.setattr(fs, "episodes", lambda *_: [(0,), (1,)])
+    chosen = fs.choose(None, None, ["plurality vote"], [1, 2], 2)
+    assert chosen == {"plurality vote": {1: {"k": 2}, 2: {"k": 2}}}
 
 
 def arguments_of(folder, **changes):
-    given = {"out": folder, "shots": [2], "queries": 3, "template": ["a {}"], "skip_bad": False}
+    given = {"out": folder, "shots": [2], "queries": 3, "template": ["a {}"]}
+    given |= {"skip_bad": False, "plate": False}
     return types.SimpleNamespace(**given | changes)
 
 
@@ -1207,7 +1199,7 @@ def test_torchvision_datasets_by_name(monkeypatch, tmp_path):
     task = fs.image_task("USPS", args, *fs.read_dataset("USPS", args, cc.Settings()))
     assert task.captions[3] == ["a three"] and task.group == "own"
     task = fs.image_task("KMNIST", args, *fs.read_dataset("KMNIST", args, cc.Settings()))
-    assert task.captions[3] == ["a class 3"] and task.group == "unseen"  # no zero-shot
+    assert task.captions[3] == ["a class 3"] and task.group in fs.NO_TEXT
     for name in fs.DATASETS:
         assert hasattr(torchvision.datasets, name)
 

@@ -149,8 +149,9 @@ def measure_sweep(study, args):
             models[model] = cc.load(path, cards.device)
         tasks, validation = fs.card_tasks(cards), fs.validation_tasks(cards)
         draws = (2 * seed, 2 * seed + 1)
-        rows, _ = fs.evaluate(models, tasks, validation, methods, [1, 4, 16], draws, queries=16)
-        for (model, method, k), values in fs.tabulate(rows, per_run=2)[0].items():
+        chosen = fs.choose(models, validation, methods, [1, 4, 16], queries=16)
+        rows = fs.evaluate(models, tasks, chosen, draws, 16, queries=16)
+        for (model, method, k), values in fs.tabulate(rows, per_run=2).items():
             if method in ("zero-shot", fs.MEAN):
                 row = {"of": of, "model": model, "seed": seed, "shots": k}
                 for task, accuracy in enumerate(values.mean(1)):
