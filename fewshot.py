@@ -140,16 +140,13 @@ SIX = {  # the paper's training-free classifiers, with their hyper-parameters
 }
 MEAN = "mean of the six"
 SHRINK = [0.01, 0.03, 0.1, 0.3, 0.9]
-CLASSIFIERS = (
-    {"zero-shot": (zero_shot, {})}
-    | SIX
-    | {
-        "GDA": (gda, {"shrink": SHRINK}),
-        "GDA + text": (gda, {"shrink": SHRINK, "trust": [0.5, 2]}),
-        "linear probe": (linear_probe, {"l2": [1e-5, 1e-4, 1e-3]}),
-        "Tip-Adapter-F": (tip_adapter_f, {"a": [30], "b": [8], "lr": [1e-3, 3e-3, 1e-2]}),
-    }
-)
+CLASSIFIERS = {"zero-shot": (zero_shot, {})} | SIX
+CLASSIFIERS |= {
+    "GDA": (gda, {"shrink": SHRINK}),
+    "GDA + text": (gda, {"shrink": SHRINK, "trust": [0.5, 2]}),
+    "linear probe": (linear_probe, {"l2": [1e-5, 1e-4, 1e-3]}),
+    "Tip-Adapter-F": (tip_adapter_f, {"a": [30], "b": [8], "lr": [1e-3, 3e-3, 1e-2]}),
+}
 
 
 def text_scale(support, labels, text, tau):
@@ -177,14 +174,9 @@ TASKS = {  # name: group, pattern of how "é latin small letter e with acute" be
     "playing cards": ("unseen", ". playing card"), "dominoes": ("unseen", ". domino tile"),
     "hexagrams": ("unseen", ". hexagram"),
 }  # fmt: skip
-GROUPS = {
-    "seen": "characters trained, typefaces never seen",
-    "combined": "letter and diacritic never seen together",
-    "unseen": "scripts never trained, no zero-shot",
-    "own": "your own",
-    "unnamed": "your own without class names, no zero-shot",
-}
-NO_TEXT = ("unseen", "unnamed")
+# seen: characters trained, typefaces never; combined: a letter and a diacritic never together;
+# unseen: scripts never trained; own, unnamed: images of your own, with class names and without
+NO_TEXT = ("unseen", "unnamed")  # no zero-shot: the words of the captions are not known
 
 
 @dataclass
