@@ -838,8 +838,8 @@ def split_names(folder, names):
             lists[split] = listed & set(names)
             if not lists[split]:
                 raise UserError(f"{paths[0]}: none of its lines is an image, for one {names[:1]}")
-    if not lists.keys() & {"dev", "test"}:
-        others = set(names) - lists.get("train", set())
+    others = set(names) - lists.get("train", set())
+    if others and not lists.keys() & {"dev", "test"}:
         others = sorted(others, key=lambda name: zlib.crc32(os.fsencode(name)))
         lists["dev"] = set(others[: min(1000, max(1, len(names) // 10))])
     train = lists.pop("train", set(names)).difference(*lists.values())
