@@ -1042,6 +1042,7 @@ def test_the_interval_covers_the_mean_in_95_of_100_cases():
     assert 0.91 <= hits / 400 <= 0.99
     values = np.array([[1.0, 2.0, 4.0]])
     assert fs.interval(values) == pytest.approx((7 / 3, 4.30 * values.std(ddof=1) / 3**0.5))
+    assert fs.interval(np.array([[2.0, 0], [0, -2]]))[1] == pytest.approx(12.71 * (4 / 3) ** 0.5)
 
 
 def test_sample_efficiency_by_hand():
@@ -1068,6 +1069,9 @@ def test_the_table_of_gains_is_context_less_base(capsys):
     printed = capsys.readouterr().out
     assert "+1.0 ± " in printed and "2 of 3" in printed and "nan" not in printed
     assert re.search(r"b +seen +5.5 +4.5 +-1.0 ± 0.0", printed)
+    tasks = [fs.Task(group, group, [], None) for group in ("seen", "unseen", "combined")]
+    fs.report({("clip", "zero-shot", 0): np.array([[10.0], [30.0]])}, tasks, [4])
+    assert "clip, zero-shot, combined: 30.0" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="session")
@@ -1121,12 +1125,12 @@ def test_a_small_evaluation_from_end_to_end(trained, tmp_path, capsys):
 
 def test_hyperparameters_are_the_best_of_their_grid_and_the_first_of_equal_ones(monkeypatch):
     def accuracy(method, embedded, shots, h):
-        return {1: 50, 2: 70, 4: 70, 8: 60, 16: 10, 32: 10}[h["k"]] + embedded
+        return -abs(h["k"] - 3 * shots) + embedded
 
     monkeypatch.setattr(fs, "accuracy", accuracy)
     monkeypatch.setattr(fs, "episodes", lambda *_: [(0,), (1,)])
     chosen = fs.choose(None, None, ["plurality vote"], [1, 2], 2)
-    assert chosen == {"plurality vote": {1: {"k": 2}, 2: {"k": 2}}}
+    assert chosen == {"plurality vote": {1: {"k": 2}, 2: {"k": 4}}}
 
 
 def arguments_of(folder, **changes):
