@@ -689,6 +689,10 @@ def standard(name):
     return unicodedata.normalize("NFC", os.path.normpath(name.strip()))
 
 
+def visible(name):
+    return not name.startswith(".") and name != "__MACOSX"
+
+
 def read_table(path):
     """[(image's name, caption, line)], empty where a row is broken: of COCO's JSON, Flickr's
     name.jpg#0<TAB>caption, or columns with names, between them a comma, tab, semicolon or bar."""
@@ -725,11 +729,13 @@ def read_pairs(folder):
     """The same of images and texts, a.jpg and a.txt, a caption per line; links are followed."""
     names, visited = [], set()
     for place, folders, files in os.walk(folder, followlinks=True):
-        new = os.path.realpath(place) not in visited  # else a link to a folder above
-        visited.add(os.path.realpath(place))
-        folders[:] = [name for name in folders if new and name[0] != "." and name != "__MACOSX"]
-        here = os.path.relpath(place, folder)
-        names += [os.path.normpath(f"{here}/{name}") for name in files if new and name[0] != "."]
+        real, here = os.path.realpath(place), os.path.relpath(place, folder)
+        if real in visited:  # a link to a folder above
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = filter(visible, folders)
+        names += [os.path.normpath(f"{here}/{name}") for name in filter(visible, files)]
     texts = {standard(name[:-4]): folder / name for name in names if name.lower().endswith(".txt")}
     rows = []
     for name in sorted(names):
@@ -749,7 +755,7 @@ def read_captions(source):
     tables = [source]
     if source.is_dir():
         tables = [table for pattern in TABLES for table in sorted(folder.glob(pattern))]
-        tables = [table for table in tables if not table.name.startswith(".")]
+        tables = [table for table in tables if visible(table.name)]
     if len(tables) > 1:
         raise UserError(f"--data {source}: which of {', '.join(map(str, tables))}?")
     with blame(f"--data {source}: no table of images and captions, known columns {COLUMN_NAMES}"):
@@ -764,18 +770,19 @@ def read_captions(source):
     def find(spelled):
         spellings = [spelled, standard(spelled), unicodedata.normalize("NFD", spelled)]
         places = (place / spelling for place in folders for spelling in spellings)
-        return next(filter(os.path.isfile, places), None)
+        path = next(filter(os.path.isfile, places), None)
+        return path, path and os.path.realpath(path)
 
     captions, paths, same, bad = defaultdict(list), {}, {}, []
     for spelled, caption, row in rows:
-        path = find(spelled)
-        if not spelled or {"\ufffd", "\0"} & {*caption} or not split_words(caption):
+        path, real = find(spelled)
+        if not spelled or re.search("[\ufffd\0]", caption) or not split_words(caption):
             wrong = "it has no caption, or is not UTF-8, or columns or image_id are wrong"
             bad.append(f"{source}, {row}: {wrong}")
         elif not path:
             bad.append(f"{source}, {row}: there is no image {spelled}")
         else:
-            name = same.setdefault(os.path.realpath(path), standard(spelled))  # of one image one
+            name = same.setdefault(real, standard(spelled))  # of one image one
             paths[name] = path
             captions[name].append(caption)
     return captions, paths, bad
@@ -832,7 +839,7 @@ def split_names(folder, names):
     does not; without them one image in ten, 1,000 at most, is "dev". Raises UserError."""
     lists = {}
     for split in ("dev", "test", "train"):
-        paths = [p for p in folder.glob(f"*{split}Images.txt") if not p.name.startswith(".")]
+        paths = [path for path in folder.glob(f"*{split}Images.txt") if visible(path.name)]
         if paths:
             listed = {standard(line) for path in paths for line in read_text(path).splitlines()}
             lists[split] = listed & set(names)
@@ -855,17 +862,17 @@ class Photos:
         self.device = torch.device(device)
         source, fit = Path(settings.data), preprocess(settings)
         captions, paths, bad = read_captions(source)
-        paths = {name: paths[name] for name in captions}
         images = read_images(lambda name: (255 * fit(paths[name])).byte(), paths, bad, skip_bad)
         names = list(images)
         held_out, train = split_names(source if source.is_dir() else source.parent, names)
         if len(train) < settings.batch_size:
             raise UserError(f"--data {source}: only {len(train)} images to train on; --batch-size?")
-        numbers = {name: i for i, name in enumerate(names)}
-        self.held_out = {s: [i for n, i in numbers.items() if n in m] for s, m in held_out.items()}
-        self.train = torch.tensor([i for n, i in numbers.items() if n in train], device=device)
+        train = [i for i, name in enumerate(names) if name in train]
+        self.train, self.held_out = torch.tensor(train, device=device), {}
+        for split, kept in held_out.items():
+            self.held_out[split] = [i for i, name in enumerate(names) if name in kept]
         captions = [captions[name] for name in names]
-        texts = [text for i in self.train for text in captions[i]]
+        texts = [text for i in train for text in captions[i]]
         self.vocabulary = build_vocabulary(texts, least=5)  # rarer words are unknown
         tokens = tokenize([text for texts in captions for text in texts], self.vocabulary)
         unknown = ((tokens == 1).sum() / (tokens != 0).sum()).item()
@@ -876,7 +883,7 @@ class Photos:
         self.counts = torch.tensor(counts, device=device)
         self.tokens = pad_sequence(tokens.split(counts), batch_first=True).to(device)
         pixels = torch.stack(list(images.values()))
-        checksum = zlib.crc32(repr((captions, self.train.tolist())).encode())
+        checksum = zlib.crc32(repr((captions, train)).encode())
         self.fingerprint = zlib.crc32(pixels.numpy(), checksum)
         self.images = pixels.to(device)
 

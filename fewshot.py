@@ -210,16 +210,18 @@ def card_task(cards, name, group, members, faces):
 def card_tasks(cards, names=TASKS):
     """The built-in tasks. Seen and combined characters are drawn in STIX, never trained; the other
     scripts exist in DejaVu alone: there the characters are new, the typefaces are not."""
-    tasks, trained = [], set(cards.train.tolist())
+    splits = [cc.split_of(c, name) for c, name in zip(cards.index, cards.names, strict=True)]
+    new = [i for i, split in enumerate(splits) if split == "test"]
+    fits = {"seen": cards.train.tolist(), "combined": filter(cards.knows, new), "unseen": new}
+    fits = {group: set(members) for group, members in fits.items()}
+    tasks = []
     for name in dict.fromkeys(names):
         group, pattern = TASKS[name]
         faces = "train" if group == "unseen" else "test"
         drawn = cards.drawn[:, cc.FACE_SPLITS[faces]].any(1).tolist()
         members = []
         for character, i in cards.index.items():
-            new = cc.split_of(character, cards.names[i]) == "test"
-            fits = {"seen": i in trained, "combined": new and cards.knows(i), "unseen": new}[group]
-            if fits and drawn[i] and re.match(pattern, f"{character} {cards.names[i]}"):
+            if i in fits[group] and drawn[i] and re.match(pattern, f"{character} {cards.names[i]}"):
                 members.append(i)
         members.sort(key=lambda i: zlib.crc32(cards.names[i].encode()))  # 40 by chance
         if len(members) > 1:  # a model of few characters has not seen all
@@ -261,8 +263,8 @@ def open_dataset(source, root):
         print(f"{source}: its part {folder.name}")
 
     def wanted(path):
-        hidden = any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
-        return path.lower().endswith(cc.EXTENSIONS) and not hidden
+        parts = Path(path).relative_to(folder).parts
+        return path.lower().endswith(cc.EXTENSIONS) and all(map(cc.visible, parts))
 
     with cc.blame(f"--data {source}"):
         options = {"loader": str, "is_valid_file": wanted, "allow_empty": True}
@@ -299,10 +301,11 @@ def read_dataset(source, args, settings, cards=None):
         image, label = dataset[i]
         return fit(image), int(label)
 
-    places = {i: f"{source}, image {i}" for i in range(len(dataset))}
     if isinstance(dataset, datasets.ImageFolder):
-        places = {i: path for i, (path, _) in enumerate(dataset.samples)}
-    pairs = cc.read_images(read, places, [], args.skip_bad).values()
+        places = [path for path, _ in dataset.samples]
+    else:
+        places = [f"{source}, image {i}" for i in range(len(dataset))]
+    pairs = cc.read_images(read, dict(enumerate(places)), [], args.skip_bad).values()
     labels = np.array([label for _, label in pairs])
     classes = getattr(dataset, "classes", "0123456789" if source in ("USPS", "SVHN") else [])
     names = {y: spell(classes[y]) if classes else f"class {y}" for y in sorted(set(labels))}
@@ -607,7 +610,8 @@ def main(arguments=None):
         validation = validation_tasks(cards)
     if not tasks:
         raise cc.UserError("these models were trained on too few characters for these tasks")
-    rows, chosen = [], choose(runs[0], validation, args.methods, shots, args.queries)
+    chosen = choose(runs[0], validation, args.methods, shots, args.queries)
+    rows = []
     for i, models in enumerate(runs):
         seeds = range(i * args.seeds, (i + 1) * args.seeds)
         rows += evaluate(models, tasks, chosen, seeds, max(shots), args.queries)

@@ -244,7 +244,7 @@ def show_emergence(rows, path):
 
 def measure_variance(args):
     """Percent of the embeddings' variance that character, and number, explain linearly."""
-    for seed, objective in product(range(args.seeds), cc.CHOICES["objective"]):
+    for seed, objective in product(range(args.seeds), cc.OBJECTIVES):
         path, cards = train(seed, objective=objective)
         torch.manual_seed(1)
         characters = torch.arange(100, device=cards.device).repeat(80)
