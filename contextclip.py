@@ -215,10 +215,10 @@ def cnn(channels, size, width):
         plan += [(width, 2), (width, 1)]
         side = (side + 1) // 2
     for outputs, stride in plan:
-        layers += [nn.GroupNorm(1, inputs), nn.ReLU()]
+        layers += [nn.GroupNorm(1, inputs), nn.ReLU(inplace=True)]
         layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1)]
         inputs = outputs
-    layers += [nn.GroupNorm(1, inputs), nn.ReLU(), nn.Flatten()]
+    layers += [nn.GroupNorm(1, inputs), nn.ReLU(inplace=True), nn.Flatten()]
     return nn.Sequential(*layers, nn.Linear(inputs * side**2, width))
 
 
@@ -296,8 +296,8 @@ class ContextCLIP(nn.Module):
         one channel -> v (B, d) float32, with `normalize` of length 1."""
         if images.shape[-1] != self.settings.image_size:
             images = transforms.functional.resize(images, [self.settings.image_size] * 2)
-        images = 4 * (images.expand(-1, self.channels, -1, -1) - 0.5)  # mean 0, deviation about 1
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = images.expand(-1, self.channels, -1, -1).clone(memory_format=torch.channels_last)
+        images.mul_(4).sub_(2)  # mean 0, deviation about 1
         bf16 = use_bf16(self.settings.precision, images.device)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             v = self.image_encoder(images).float()
@@ -637,19 +637,23 @@ def draw_cards(cards, characters, split):
 
 def warp(images):
     """Turn (up to 0.15 radians), shear (0.2), scale (0.8 to 1.6), move (5 pixels) and bend (half a
-    pixel, at random on a grid of 4 x 4). images (B, 1, S, S) -> the same."""
+    pixel, at random, each of 4 x 4 points). images (B, 1, S, S) -> the same."""
     random = partial(uniform, device=images.device)
     B, S = len(images), images.shape[-1]
     angle, shear = random(-0.15, 0.15, B, 1, 1), random(-0.2, 0.2, B, 1, 1)
     scale = random(0.8, 1.6, B, 1, 1)
     cos, sin = angle.cos() / scale, angle.sin() / scale
-    bend = F.interpolate(random(-1, 1, B, 2, 4, 4) / S, S, mode="bilinear", align_corners=True)
-    pixels = (2 * torch.arange(S, device=images.device) + 1) / S - 1  # in half images
-    x = pixels + random(-10, 10, B, 1, 1) / S
-    y = pixels[:, None] + random(-10, 10, B, 1, 1) / S
-    grid = torch.empty(B, S, S, 2, device=images.device)  # where each pixel comes from: x, y
-    grid[..., 0] = cos * x + (shear / scale - sin) * y + bend[:, 0]
-    grid[..., 1] = sin * x + cos * y + bend[:, 1]
+    bend = random(-1, 1, B, 2, 4, 4) / S
+
+    # 4 x 4 points, where each comes from: (B, 2, 4, 4); pixels between them go by tents (4, S)
+    k = torch.arange(4, device=images.device)
+    knots = (2 * k / 3 - 1) * (1 - 1 / S)  # from the first pixel to the last, in half images
+    x = knots + random(-10, 10, B, 1, 1) / S
+    y = knots[:, None] + random(-10, 10, B, 1, 1) / S
+    points = torch.stack((cos * x + (shear / scale - sin) * y, sin * x + cos * y), dim=1) + bend
+    tents = 1 - (torch.linspace(0, 3, S, device=images.device) - k[:, None]).abs()
+    tents = tents.clamp_min(0)
+    grid = (tents.T @ points @ tents).permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, align_corners=False)
 
 
@@ -897,11 +901,12 @@ class Photos:
         chosen = self.train[chosen.to(self.device, non_blocking=True)]
         B, random = len(chosen), partial(uniform, device=self.device)
         tokens = self.tokens[chosen, (random(0, 1, B) * self.counts[chosen]).long()]
-        scale, mirror = random(0.5, 1, B).sqrt(), random(-1, 1, B).sign()
-        right, down = random(-1, 1, 2, B) * (1 - scale)
-        zero, images = torch.zeros_like(scale), self.images[chosen] / 255
-        theta = torch.stack((scale * mirror, zero, right, zero, scale, down), 1).view(B, 2, 3)
-        grid = F.affine_grid(theta, images.shape, align_corners=False)
+        scale, mirror = random(0.5, 1, B, 1, 1).sqrt(), random(-1, 1, B, 1, 1).sign()
+        right, down = random(-1, 1, 2, B, 1, 1) * (1 - scale)
+        images, S = self.images[chosen] / 255, self.images.shape[-1]
+        pixels = torch.linspace(1 / S - 1, 1 - 1 / S, S, device=self.device)  # in half images
+        x, y = scale * mirror * pixels + right, scale * pixels[:, None] + down
+        grid = torch.stack(torch.broadcast_tensors(x, y), dim=3)  # where each pixel comes from
         return F.grid_sample(images, grid, align_corners=False), tokens
 
     @torch.no_grad()

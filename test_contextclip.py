@@ -62,13 +62,14 @@ def run(*command):
     return subprocess.Popen([sys.executable, *map(str, command)], env=environment, **options)
 
 
-def refuse(capsys, *arguments):
+def refuse(capsys, *arguments, program="contextclip"):
     """The one line with which the command ends, with exit status 2."""
+    main = fs.main if program == "fewshot" else lambda given: cc.main([*SMALL, *given])
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
-        cc.main([*SMALL, *map(str, arguments)])
+        main(list(map(str, arguments)))
     lines = capsys.readouterr().err.splitlines()
-    assert exit.value.code == 2 and len(lines) == 1 and lines[0].startswith("contextclip: "), lines
+    assert exit.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"{program}: "), lines
     return lines[0]
 
 
@@ -328,6 +329,27 @@ def test_the_number_on_the_plate_is_the_one_returned(cards, monkeypatch):
     found = decoded.flatten(1, 3)[torch.arange(300), at]
     assert (found == numbers).float().mean() > 0.98 and len(numbers.unique(dim=0)) > 200
     assert len((at // 90).unique()) == 8 and len((at // 10 % 9).unique()) == 9
+
+
+def test_glyphs_are_turned_sheared_scaled_moved_and_bent(monkeypatch):
+    drawn, uniform = [], cc.uniform
+
+    def note(low, high, *shape, device):
+        drawn.append((low, high, uniform(low, high, *shape, device=device)))
+        return drawn[-1][2]
+
+    monkeypatch.setattr(cc, "uniform", note)
+    images = torch.rand(64, 1, 32, 32)
+    warped, scales = cc.warp(images), drawn[2]
+    assert [high for _, high, _ in drawn] == [0.15, 0.2, 1.6, 1, 10, 10] and scales[0] == 0.8
+    assert all(low == -high for low, high, _ in drawn[:2] + drawn[3:])
+    angle, k, scale, bend, right, down = (values.squeeze() for *_, values in drawn)
+    c, s, right, down = angle.cos(), angle.sin(), right / 32, down / 32
+    rows = torch.stack((c, k - s, c * right + (k - s) * down, s, c, s * right + c * down), 1)
+    grid = F.affine_grid(rows.view(-1, 2, 3) / scale[:, None, None], images.shape, False)
+    bent = F.interpolate(bend / 32, 32, mode="bilinear", align_corners=True)
+    expected = F.grid_sample(images, grid + bent.permute(0, 2, 3, 1), align_corners=False)
+    torch.testing.assert_close(warped, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("group", cc.FACE_SPLITS)
@@ -744,6 +766,20 @@ def test_photos_are_those_of_the_folder_and_once_in_a_batch(photos, monkeypatch)
     assert draw(19)[0] + draw(19, rank=1)[0] == chosen
 
 
+def test_photos_are_cropped_within_and_mirrored_half_the_time(photos):
+    data, settings = copy.copy(photos), cc.Settings(data="x", batch_size=24)
+    ramp = torch.arange(32).expand(30, 32, 32)
+    data.images = 8 * torch.stack((ramp, ramp.mT, ramp), 1).byte()  # column, row
+    torch.manual_seed(0)
+    images = torch.cat([data.draw_batch(settings, step)[0] for step in range(20)]) * 255 / 8
+    x, y = images[:, 0].mean(1), images[:, 1].mean(2)
+    assert min(x.min(), y.min()) >= 0 and max(x.max(), y.max()) <= 31
+    across, up = (x[:, 30] - x[:, 1]) / 29, (y[:, 30] - y[:, 1]) / 29
+    assert 0.4 < (across > 0).float().mean() < 0.6
+    torch.testing.assert_close(across.abs(), up, rtol=0, atol=0.02)  # a square
+    assert 0.5 <= up.square().min() < 0.55 and 0.95 < up.square().max() < 1.001
+
+
 def test_recall_equals_a_plain_loop(photos):
     g, expected, chosen = torch.Generator().manual_seed(0), {}, list(range(0, 30, 2))
     words = torch.randint(2, 6, (30, 3, 7), generator=g)
@@ -811,16 +847,11 @@ def test_images_of_every_kind_are_read_upright_and_in_colour(tmp_path):
 # ---- fewshot.py ----------------------------------------------------------------------------------
 
 HYPER = {
-    "Tip-Adapter": {"a": 3.0, "b": 5.0},
-    "Tip-X": {"a": 3.0, "b": 5.0, "g": 2.0},
-    "plurality vote": {"k": 4},
-    "softmax vote": {"k": 4},
-    "rank vote": {"k": 4},
-    "GDA": {"shrink": 0.1},
-    "GDA + text": {"shrink": 0.1, "trust": 2.0},
-    "linear probe": {"l2": 1e-2},
-    "Tip-Adapter-F": {"a": 3.0, "b": 5.0, "lr": 1e-2},
-}
+    "Tip-Adapter": {"a": 3.0, "b": 5.0}, "Tip-X": {"a": 3.0, "b": 5.0, "g": 2.0},
+    "Tip-Adapter-F": {"a": 3.0, "b": 5.0, "lr": 1e-2}, "linear probe": {"l2": 1e-2},
+    "plurality vote": {"k": 4}, "softmax vote": {"k": 4}, "rank vote": {"k": 4},
+    "GDA": {"shrink": 0.1}, "GDA + text": {"shrink": 0.1, "trust": 2.0},
+}  # fmt: skip
 CLOSED = [name for name in fs.CLASSIFIERS if name not in ("linear probe", "Tip-Adapter-F")]
 
 
@@ -828,15 +859,15 @@ def episode(shots=3, classes=4, queries=7, d=6, seed=0):
     """query, support, labels, text, scale in float64."""
     g = torch.Generator().manual_seed(seed)
     sizes = (queries, d), (shots * classes, d), (classes, d)
-    query, support, text = (
-        normalize(torch.randn(size, generator=g, dtype=torch.float64), dim=1) for size in sizes
-    )
+    rows = (torch.randn(size, generator=g, dtype=torch.float64) for size in sizes)
+    query, support, text = (normalize(x, dim=1) for x in rows)
     return query, support, torch.arange(classes).repeat(shots), text, torch.tensor(2.0)
 
 
 def naive_scores(name, q, s, labels, text, scale, h):
     """The scores of one query, class by class, from the equations of the docstrings."""
     C, cos = len(text), [float(q @ x) for x in s]
+    near = list(zip(cos, labels, strict=True))
     of = [[x for x, y in zip(s, labels, strict=True) if y == c] for c in range(C)]
     means = [sum(rows) / len(rows) for rows in of]
     if name == "zero-shot":
@@ -854,10 +885,8 @@ def naive_scores(name, q, s, labels, text, scale, h):
     if name in ("Tip-Adapter", "Tip-X"):
         out = []
         for c in range(C):
-            near = sum(
-                math.exp(-h["b"] * (1 - v)) for v, y in zip(cos, labels, strict=True) if y == c
-            )
-            out.append(float(scale * (q @ text[c])) + h["a"] * near)
+            keys = sum(math.exp(-h["b"] * (1 - v)) for v, y in near if y == c)
+            out.append(float(scale * (q @ text[c])) + h["a"] * keys)
         if name == "Tip-Adapter":
             return out
         p_q = (text @ q / 0.1).softmax(0)
@@ -868,16 +897,10 @@ def naive_scores(name, q, s, labels, text, scale, h):
         for v, y in zip(affinity, labels, strict=True):
             out[y] += h["g"] * v
         return out
-    ranked = sorted(range(len(s)), key=lambda j: -cos[j])[: h["k"]]
-    out = [0.0] * C
-    for rank, j in enumerate(ranked):
-        k = len(ranked)
-        weight = {
-            "plurality vote": 1 + (k - rank) / (k * (k + 1)),
-            "softmax vote": math.exp(cos[j] / 0.07),
-            "rank vote": 1 / (2 + rank),
-        }[name]
-        out[labels[j]] += weight
+    out, k = [0.0] * C, h["k"]
+    for rank, (v, y) in enumerate(sorted(near, reverse=True)[:k]):
+        weights = {"softmax vote": math.exp(v / 0.07), "rank vote": 1 / (2 + rank)}
+        out[y] += weights.get(name, 1 + (k - rank) / (k * (k + 1)))
     return out
 
 
@@ -901,10 +924,8 @@ def test_gda_of_one_shot_is_the_prototype_classifier_and_beats_it_with_a_nuisanc
     noise = torch.zeros(20)
     noise[10:] = 3.0  # directions in which images vary, whatever their class
     labels = torch.arange(4).repeat(16)
-    support, query = (
-        normalize(centres[labels] + noise * torch.randn(64, 20, generator=g), dim=1)
-        for _ in range(2)
-    )
+    noisy = (centres[labels] + noise * torch.randn(64, 20, generator=g) for _ in range(2))
+    support, query = (normalize(x, dim=1) for x in noisy)
     found = fs.gda(query, support, labels, centres, 0.0, shrink=0.01)
     others = fs.prototypes(query, support, labels, centres, 0.0)
     right = [(scores.argmax(1) == labels).float().mean() for scores in (found, others)]
@@ -954,15 +975,13 @@ def test_permuting_the_classes_permutes_the_scores(name):
 
 @pytest.mark.parametrize("name", fs.CLASSIFIERS)
 def test_random_embeddings_give_chance_and_separable_ones_100_percent(name):
-    C, shots, queries, g = 10, 4, 200, torch.Generator().manual_seed(0)
+    C, shots, g = 10, 4, torch.Generator().manual_seed(0)
     query, support = (normalize(torch.randn(n * C, 32, generator=g), dim=1) for n in (200, shots))
     text = normalize(torch.randn(C, 32, generator=g), dim=1)
     h = HYPER.get(name, {})
     assert abs(fs.accuracy(name, (query, support, text, 10.0), shots, h) - 10) < 3
-    query, support = (
-        normalize(text.repeat(n, 1) + 0.02 * torch.randn(n * C, 32, generator=g), dim=1)
-        for n in (queries, shots)
-    )
+    near = (text.repeat(n, 1) + 0.02 * torch.randn(n * C, 32, generator=g) for n in (200, shots))
+    query, support = (normalize(x, dim=1) for x in near)
     assert fs.accuracy(name, (query, support, text, 10.0), shots, h) == 100
 
 
@@ -1011,13 +1030,8 @@ def test_there_are_21_tasks_in_three_groups(all_cards):
 
 
 def test_tasks_draw_in_typefaces_of_their_own(all_cards, monkeypatch):
-    used = []
-
-    def draw(cards, members, group):
-        used.append(group)
-        return torch.zeros(len(members), 1, 32, 32), None
-
-    monkeypatch.setattr(cc, "draw_cards", draw)
+    used, blank = [], lambda members: (torch.zeros(len(members), 1, 32, 32), None)
+    monkeypatch.setattr(cc, "draw_cards", lambda _, m, group: used.append(group) or blank(m))
     for task in fs.card_tasks(all_cards) + fs.validation_tasks(all_cards):
         used.clear()
         task.draw(0, 1, 1)
@@ -1124,10 +1138,7 @@ def test_a_small_evaluation_from_end_to_end(trained, tmp_path, capsys):
 
 
 def test_hyperparameters_are_the_best_of_their_grid_and_the_first_of_equal_ones(monkeypatch):
-    def accuracy(method, embedded, shots, h):
-        return -abs(h["k"] - 3 * shots) + embedded
-
-    monkeypatch.setattr(fs, "accuracy", accuracy)
+    monkeypatch.setattr(fs, "accuracy", lambda _, e, shots, h: -abs(h["k"] - 3 * shots) + e)
     monkeypatch.setattr(fs, "episodes", lambda *_: [(0,), (1,)])
     chosen = fs.choose(None, None, ["plurality vote"], [1, 2], 2)
     assert chosen == {"plurality vote": {1: {"k": 2}, 2: {"k": 4}}}
@@ -1183,22 +1194,15 @@ def test_own_images_on_the_command_line(trained, tmp_path, pictures, capsys, mon
     assert f"{parts}: its part test" in capsys.readouterr().out
 
 
-class FakeDigits(torch.utils.data.Dataset):
+def fake_digits(root, download, train):
     """Ten classes without names, as USPS has it."""
-
-    def __init__(self, root, download, train):
-        assert download and not train
-
-    def __len__(self):
-        return 40
-
-    def __getitem__(self, i):
-        return Image.new("L", (16, 16), 5 * i), i % 10
+    assert download and not train
+    return [(Image.new("L", (16, 16), 5 * i), i % 10) for i in range(40)]
 
 
 def test_torchvision_datasets_by_name(monkeypatch, tmp_path):
-    monkeypatch.setattr(torchvision.datasets, "USPS", FakeDigits)
-    monkeypatch.setattr(torchvision.datasets, "KMNIST", FakeDigits)
+    monkeypatch.setattr(torchvision.datasets, "USPS", fake_digits)
+    monkeypatch.setattr(torchvision.datasets, "KMNIST", fake_digits)
     args = arguments_of(tmp_path, shots=[1])
     task = fs.image_task("USPS", args, *fs.read_dataset("USPS", args, cc.Settings()))
     assert task.captions[3] == ["a three"] and task.group == "own"
@@ -1208,17 +1212,9 @@ def test_torchvision_datasets_by_name(monkeypatch, tmp_path):
         assert hasattr(torchvision.datasets, name)
 
 
-def one_line(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        fs.main([*map(str, arguments)])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("fewshot: ") and error.count("\n") == 1
-    return error
-
-
 def test_bad_input_of_an_evaluation_is_one_line(trained, tmp_path, pictures, capsys, monkeypatch):
     common = ["--out", tmp_path, "--checkpoint", trained / "clip.pt"]
-    bad = partial(one_line, capsys)
+    bad = partial(refuse, capsys, program="fewshot")
     assert "no checkpoint" in bad("--out", tmp_path)
     content = cc.read_checkpoint(trained / "clip.pt")
     (tmp_path / "b").mkdir()
@@ -1256,8 +1252,11 @@ def test_zero_shot_alone_is_evaluated(trained, tmp_path, capsys):
 
 @pytest.mark.parametrize("size", [32, 33, 50, 64])
 def test_the_cnn_takes_images_of_every_size(size):
-    model = make_model(image_size=size)
-    assert model.encode_image(torch.rand(2, 1, size, size)).shape == (2, 16)
+    model, seen, images = make_model(image_size=size), [], torch.rand(2, 1, size, size)
+    model.image_encoder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    before = images.clone()
+    assert model.encode_image(images).shape == (2, 16) and torch.equal(images, before)
+    torch.testing.assert_close(seen[0], 4 * images - 2)
     assert model.encode_image(torch.rand(2, 1, 40, 40)).shape == (2, 16)  # resized
 
 

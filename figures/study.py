@@ -1,18 +1,16 @@
 """The studies of the README: each one command, with a CSV file and a picture in figures/.
 
-    python figures/study.py ablations    the context loss with one part changed
-    python figures/study.py steps        or number_share, width: context against a setting
-    python figures/study.py post         a finished base, continued without and with context
-    python figures/study.py frontier     zero-shot against 16-shot in training; minutes.png: time
-    python figures/study.py emergence    losses, temperatures, attention, accuracy in training
-    python figures/study.py attention    which cards an image attends to
-    python figures/study.py variance     what embeddings carry: the character, the number
-    python figures/study.py cards        training cards with their captions
-    python figures/study.py real         images of --data DIR [DIR ...] as they are and with plates
-    python figures/study.py profile      where the time of a training step goes
-    python figures/study.py speed        against the plain PyTorch way, on cards or --data DIR
-
-Models are kept in runs/study: what is trained is not trained again, an interrupted study goes on.
+python figures/study.py ablations    the context loss with one part changed
+python figures/study.py steps        or number_share, width: context against a setting
+python figures/study.py post         a finished base, continued without and with context
+python figures/study.py frontier     zero-shot against 16-shot in training; minutes.png: time
+python figures/study.py emergence    losses, temperatures, attention, accuracy in training
+python figures/study.py attention    which cards an image attends to
+python figures/study.py variance     what embeddings carry: the character, the number
+python figures/study.py cards        training cards with their captions
+python figures/study.py real         images of --data DIR [DIR ...] as they are and with plates
+python figures/study.py profile      where the time of a training step goes
+python figures/study.py speed        against the plain PyTorch way, on cards or --data DIR
 """
 
 import argparse
@@ -42,6 +40,7 @@ DEFAULT = cc.Settings("clixp")
 OBJECTIVES = {"base": "clip", "context": "clixp"}
 SHOTS = {"zero-shot": 0, "1-shot": 1, "4-shot": 4, "16-shot": 16}
 COLORS = ["#D55E00", "#0072B2", "#009E73", "#555555"]
+BILINEAR = transforms.InterpolationMode.BILINEAR
 
 
 def read_rows(path):
@@ -50,12 +49,7 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
-def show_table(rows, path):
-    cc.print_table(rows)
-
-
 def write_rows(path, rows):
-    """Write dictionaries of the same keys to a CSV file."""
     cc.write_csv(path, [rows[0].keys(), *(row.values() for row in rows)])
 
 
@@ -213,20 +207,23 @@ def curves(rows, columns, model, tau=str(DEFAULT.tau)):
 def show_frontier(rows, path):
     """Print the best 16-shot points and the ends; draw the ways there, and accuracy by seconds."""
     lines, paths = [], []
-    minutes = {("seconds of training", f"{name}, %"): [] for name in ("zero-shot", "16-shot")}
     for (tau, style), (i, model) in product(TAUS.items(), enumerate(OBJECTIVES)):
-        seconds, *points = curves(rows, ["seconds", "step", "zero-shot", "16-shot"], model, tau)
+        points = curves(rows, ["step", "zero-shot", "16-shot"], model, tau)
         for name, place in (("best 16-shot", points[2].argmax()), ("end", -1)):
-            step, *accuracies = (values[place] for values in points)
+            step, *accuracies = points[:, place]
             line = {"start of tau": tau, "model": model, "point": name, "step": f"{step:.0f}"}
             lines.append(line | {"zero-shot": accuracies[0], "16-shot": accuracies[1]})
         paths.append((f"{model}, tau from {tau}", *points[1:], None, style, COLORS[i]))
         paths.append((None, *accuracies, None, "o", COLORS[i]))
-        if tau == str(DEFAULT.tau):
-            for panel, values in zip(minutes.values(), points[1:], strict=True):
-                panel.append((model, seconds, values, None, "-", COLORS[i]))
     cc.print_table(lines)
     draw_panels({("zero-shot, %", "16-shot, %"): paths}, path)
+    before = read_rows(path.with_name("minutes_before.csv"))  # measured once: see README.md
+    minutes = {("seconds of training", f"{name}, %"): [] for name in ("zero-shot", "16-shot")}
+    ways = {"": rows, ", encoders before": before}
+    for (label, found), (i, model) in product(ways.items(), enumerate(OBJECTIVES)):
+        seconds, *points = curves(found, ["seconds", "zero-shot", "16-shot"], model)
+        for panel, values in zip(minutes.values(), points, strict=True):
+            panel.append((model + label, seconds, values, None, ":" if label else "-", COLORS[i]))
     draw_panels(minutes, path.with_name("minutes.png"))
 
 
@@ -359,13 +356,17 @@ def measure_profile(args):
 
 
 def draw_plainly(cards, character):
-    """A training card by Pillow, of one typeface."""
-    image = Image.fromarray(cards.glyphs[character, 0].numpy())
-    image = transforms.RandomAffine(9, (0.16, 0.16), (0.8, 1.6), 11)(image)
-    top = int(torch.randint(2, ())) * 23
+    """A training card (1, 32, 32) by Pillow, as `draw_cards` draws it; nothing is bent."""
+    face = torch.multinomial(cards.drawn[character, cc.FACE_SPLITS["train"]].float(), 1)
+    image = Image.fromarray(cards.glyphs[character, face][0].numpy())
+    image = transforms.RandomAffine(9, (0.16, 0.16), (0.8, 1.6), 11, BILINEAR)(image)
+    left, top = int(torch.randint(9, ())), int(torch.randint(4, ()) + 20 * torch.randint(2, ()))
     for place, digit in enumerate(torch.randint(10, (3,))):
-        image.paste(Image.fromarray(cards.digits[digit, 0].numpy()), (4 + 8 * place, top))
-    return image
+        image.paste(Image.fromarray(cards.digits[digit, face][0].numpy()), (left + 8 * place, top))
+    shades = [0.3 * torch.rand(()), 0.6 + 0.4 * torch.rand(())]
+    paper, pen = (shades[i] for i in torch.randperm(2))
+    card = torch.lerp(paper, pen, transforms.functional.to_tensor(image))
+    return card + 0.04 * torch.rand(1, 32, 32) - 0.02
 
 
 def collate(pairs, fit):
@@ -378,13 +379,13 @@ def load_plainly(data, source, batch_size):
         captions, paths, _ = cc.read_captions(Path(source))
         images, tokens = [paths[name] for name in captions], data.tokens[:, 0]
         crop = transforms.RandomResizedCrop(64, (0.5, 1))
-        steps = [cc.open_image, crop, transforms.RandomHorizontalFlip()]
+        steps = [cc.open_image, crop, transforms.RandomHorizontalFlip(), transforms.ToTensor()]
     else:
         images = data.train.repeat(100).tolist()
         tokens, steps = data.tokens[images], [partial(draw_plainly, data)]
-    fit = transforms.Compose([*steps, transforms.ToTensor()])
     options = {"shuffle": True, "drop_last": True, "persistent_workers": True}
-    options |= {"num_workers": os.cpu_count(), "collate_fn": partial(collate, fit=fit)}
+    collated = partial(collate, fit=transforms.Compose(steps))
+    options |= {"num_workers": os.cpu_count(), "collate_fn": collated}
     pairs = list(zip(images, tokens.cpu(), strict=True))
     return torch.utils.data.DataLoader(pairs, batch_size, **options)
 
@@ -422,9 +423,8 @@ PICTURES = {"attention": draw_attention, "cards": draw_cards, "real": draw_real}
 STUDIES = {study: (partial(measure_sweep, study), show_sweep) for study in SWEEPS}
 STUDIES["frontier"] = (partial(measure_history, TAUS), show_frontier)
 STUDIES["emergence"] = (partial(measure_history, [str(DEFAULT.tau)]), show_emergence)
-STUDIES["variance"] = (measure_variance, show_table)
-STUDIES["profile"] = (measure_profile, show_table)
-STUDIES["speed"] = (measure_speed, show_table)
+TABLES = {"variance": measure_variance, "profile": measure_profile, "speed": measure_speed}
+STUDIES |= {study: (measure, None) for study, measure in TABLES.items()}
 
 
 @cc.errors_in_one_line("study")
@@ -442,7 +442,8 @@ def main(arguments=None):
     measure, show = STUDIES[args.study]
     if not args.draw:
         write_rows(path.with_suffix(".csv"), list(measure(args)))
-    show(read_rows(path.with_suffix(".csv")), path)
+    rows = read_rows(path.with_suffix(".csv"))
+    show(rows, path) if show else cc.print_table(rows)
 
 
 if __name__ == "__main__":
