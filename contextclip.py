@@ -1,8 +1,8 @@
 """ContextCLIP: context-aware multimodal pretraining, small enough to read in one sitting.
 
 An open reimplementation of Roth, Akata, Damen, Balažević, Hénaff, "Context-Aware Multimodal
-Pretraining", CVPR 2025 (arXiv 2411.15099), in the paper's order: 1 contrastive losses, 2 context,
-3 model, 4 training. Then come the data, 5 cards that are drawn here, 6 captions and images of your
+Pretraining", CVPR 2025 (arXiv 2411.15099). First the method, 1 contrastive losses, 2 context, 3
+model, 4 training. Then the data, 5 cards that are drawn here, 6 captions and images of your
 own, and 7 files and the command line. `python contextclip.py --help` lists every setting.
 """
 
@@ -58,8 +58,8 @@ RANGES = {
 
 @dataclass
 class Settings:
-    """What a run computes, but for --init and the number of processes; every field is a flag, the
-    comment its help."""
+    """All that determines a run, besides --init and the number of processes; every field is a flag,
+    its comment the flag's help."""
 
     objective: str = "clip"  # clip, siglip, with context clixp, siglixp; the flag takes some: a,b
     data: str = ""  # your own images and captions, a folder or a table; else cards
@@ -74,11 +74,11 @@ class Settings:
     width: int = 64  # d, of the embeddings and the encoders
     alpha: float = 0.9  # weight of the plain loss; the context loss has 1 - alpha
     tau: float = 5.0  # start of tau_1, tau_2, which multiply cosines; CLIP: 1 / 0.07, SigLIP: 10
-    tau_ctx: float = 0.25  # start of tau_ctx sqrt(d), which divides cosines; the log has tau_ctx
+    tau_ctx: float = 0.25  # start of the divisor tau_ctx sqrt(d) as a whole; the log has tau_ctx
     number_share: float = 1.0  # share of captions that name the card's number
     characters: int = 0  # how many to train on, 0 for all
     precision: str = "auto"  # of the image encoder: auto, float32, bf16 (losses: float32, TF32)
-    chunk: int = 0  # losses in blocks of so many rows: memory grows as B x chunk; 0: all at once
+    chunk: int = 0  # losses, attention by so many rows: memory grows as B x chunk; 0: all at once
     no_mask: bool = False  # ablation: an image may attend to itself
     shared_temperature: bool = False  # ablation: tau_1 (and b_1) serve the context loss too
     detach_values: bool = False  # ablation: no gradient into the values V
@@ -99,10 +99,10 @@ class Settings:
 
 
 # ---- 1. Contrastive losses -----------------------------------------------------------------------
-# A process, or a block of --chunk, has n of the batch's B pairs. x, t (n, d): their normalised
-# image and text embeddings; X, T (B, d): the whole batch's; row r of x is row i[r] of X (of one
-# block: n = B, i = 0, 1, ...). The result (n,) is a term per pair, in nats; the loss L is their
-# mean. Only the sigmoid has a bias b.
+# x, t (n, d): normalised image and text embeddings of n of the batch's B pairs, of all but where
+# several processes or blocks (--chunk) share the batch; X, T (B, d): those of all B; row r of x is
+# row i[r] of X. The result (n,) is a term per pair, in nats; the loss L is their mean. The softmax
+# ignores the bias b, the sigmoid t and X.
 
 
 def clip_loss(x, t, i, X, T, tau, b=None):
@@ -145,9 +145,9 @@ def contextualize(x, i, K, V, tau_ctx, mask=True):
 
 
 def lixp_loss(v, u, temperatures, settings):
-    """L_LIxP = alpha L(X, T; tau_1) + (1 - alpha) L(X_ctx, T; tau_2); without context the first.
+    """L_LIxP = alpha L(X, T; tau_1) + (1 - alpha) L(X_ctx, T; tau_2); plainly L(X, T; tau_1) alone.
 
-    v, u (n, d) raw image and text embeddings; temperatures (5,) of `ContextCLIP`. Gradients flow
+    v, u (n, d): x, t before they are normalised; temperatures (5,) of `ContextCLIP`. Gradients flow
     through queries, keys and values. Returns (3,) nats: the loss, its plain and its context term.
     """
     x, t = F.normalize(v, dim=1), F.normalize(u, dim=1)
@@ -155,7 +155,7 @@ def lixp_loss(v, u, temperatures, settings):
     i = torch.arange(len(x), device=x.device) + len(x) * RANK
     tau_1, tau_2, tau_ctx, b_1, b_2 = temperatures
     loss = siglip_loss if settings.sigmoid else clip_loss
-    blockwise = partial(in_blocks, settings.chunk)  # (function, what is cut into blocks, the rest)
+    blockwise = partial(in_blocks, settings.chunk)
 
     plain = blockwise(loss, (x, t, i), X, T, tau_1, b_1).mean()
     if not settings.context:
@@ -174,8 +174,8 @@ def lixp_loss(v, u, temperatures, settings):
 
 
 def in_blocks(chunk, function, rows, *whole):
-    """function(*rows, *whole), whose result has a row per row. With `chunk` the `rows` are cut into
-    blocks of so many; each is computed again in the backward pass: no B x B matrix is kept."""
+    """function(*rows, *whole): a result for each row of the tensors `rows`. With `chunk` these are
+    cut into blocks, each computed again in the backward pass: no B x B matrix is kept."""
     if not chunk:
         return function(*rows, *whole)
     blocks = zip(*(tensor.split(chunk) for tensor in rows), strict=True)
@@ -183,12 +183,12 @@ def in_blocks(chunk, function, rows, *whole):
 
 
 def gather(x):
-    """Rows of one process -> rows of all, by rank; the gradient is summed over processes."""
+    """Rows of one process -> rows of all, by rank; gradients come back from all."""
     if PROCESSES == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(PROCESSES)]
     dist.all_gather(parts, x.detach().contiguous())
-    parts[RANK] = x
+    parts[RANK] = x  # the one with a gradient; what others' losses add to it, the hook fetches
     everyone = torch.cat(parts)
     if everyone.requires_grad:
         everyone.register_hook(add_up)
@@ -209,9 +209,9 @@ def add_up(x):
 def cnn(channels, size, width):
     """(B, channels, size, size) -> (B, d). No batch norm: an embedding depends on its image alone,
     context enters by the loss. No pooling: it would lose where on the card a digit stands."""
-    inputs, side = width // 2, (size + 3) // 4
-    layers, plan = [nn.Conv2d(channels, inputs, 7, 4, padding=3)], [(inputs, 1)]
-    while side > 4:  # (B, d/2, 8, 8) of a card becomes (B, d, 4, 4)
+    inputs, side = width // 2, (size + 3) // 4  # of a card 8: halved until it is 4
+    layers, plan = [nn.Conv2d(channels, inputs, 7, 4, padding=3)], [(inputs, 1)]  # channels, stride
+    while side > 4:
         plan += [(width, 2), (width, 1)]
         side = (side + 1) // 2
     for outputs, stride in plan:
@@ -281,8 +281,8 @@ class ContextCLIP(nn.Module):
             weights = "DEFAULT" if settings.pretrained else None
             self.image_encoder = torchvision_encoder(settings.encoder, weights, size, d)
         self.text_encoder = TextEncoder(len(vocabulary), d)
-        tau_ctx = settings.tau_ctx / d**0.5  # the setting is tau_ctx sqrt(d)
-        self.log_tau = nn.Parameter(torch.tensor([settings.tau, settings.tau, tau_ctx]).log())
+        taus = [settings.tau, settings.tau, settings.tau_ctx / d**0.5]  # the setting has sqrt(d)
+        self.log_tau = nn.Parameter(torch.tensor(taus).log())
         b = -math.log(settings.batch_size - 1)  # sigmoid(b) = 1 / B, the share of right pairs
         self.b = nn.Parameter(torch.full((2,), b))
 
@@ -292,10 +292,11 @@ class ContextCLIP(nn.Module):
         return torch.cat((self.log_tau.exp(), self.b))
 
     def encode_image(self, images, normalize=False):
-        """images (B, 1 or 3, S, S) in about [0, 1], of another size resized; a model of cards takes
+        """images (B, 1 or 3, S, S) in about [0, 1], of another size resized; the cnn of cards takes
         one channel -> v (B, d) float32, with `normalize` of length 1."""
-        if images.shape[-1] != self.settings.image_size:
-            images = transforms.functional.resize(images, [self.settings.image_size] * 2)
+        size = [self.settings.image_size] * 2
+        if list(images.shape[2:]) != size:
+            images = transforms.functional.resize(images, size)
         images = images.expand(-1, self.channels, -1, -1).clone(memory_format=torch.channels_last)
         images.mul_(4).sub_(2)  # mean 0, deviation about 1
         bf16 = use_bf16(self.settings.precision, images.device)
@@ -347,7 +348,8 @@ def embed_images(model, images):
 
 def embed_classes(model, captions):
     """C lists of captions -> T (C, d) normalised, the mean of each. Models of cards get a caption
-    ten times, number_share of them with a number; at 1 every digit comes once in every place."""
+    with ten endings, as in training number_share of them a number; of ten numbers each digit stands
+    once in each place."""
     share = 0 if model.settings.data else model.settings.number_share
     ends = [""] * (1 if model.settings.data else 10)
     for i in range(round(10 * share)):
@@ -360,7 +362,7 @@ def embed_classes(model, captions):
 
 
 def prototypes(support, labels, classes):
-    """Class means, normalised again: (..., S, d) normalised, labels (S,) -> P (..., classes, d)."""
+    """Class means, normalised again: (..., N, d) normalised, labels (N,) -> P (..., classes, d)."""
     return F.normalize(F.one_hot(labels, classes).to(support).T @ support, dim=-1)
 
 
@@ -385,7 +387,7 @@ def learning_rate(step, settings):
 
 def start(settings, data, init, saved, compile):
     """A model, its form for several processes and its optimiser: new, or of a checkpoint's content,
-    `init` for post-training, `saved` to go on. Raises UserError."""
+    the weights of `init` (post-training), or all of `saved` (to go on). Raises UserError."""
     torch.manual_seed(settings.seed)
     model = ContextCLIP(settings, data.vocabulary)
     content = saved or init
@@ -395,7 +397,7 @@ def start(settings, data, init, saved, compile):
         with blame("--init, --resume: the checkpoint does not fit"):
             model.load_state_dict(content["model"])
     if init and not saved and not init["settings"]["objective"].endswith("xp"):
-        # a base has learned tau_1 and b_1 alone: tau_2 and b_2 copy them, tau_ctx starts anew
+        # a base has not learned tau_2 and b_2: they copy tau_1 and b_1; tau_ctx starts anew
         model.log_tau.data[1] = model.log_tau.data[0]
         model.log_tau.data[2] = math.log(settings.tau_ctx / settings.width**0.5)
         model.b.data[1] = model.b.data[0]
@@ -431,7 +433,7 @@ def train(settings, data, out, resume=False, init=None, compile=False, watch=Non
     log, seconds = (saved["log"], saved["seconds"]) if saved else ([], 0.0)
     logged = log[-1][0] if log else 0
     total, begin = 0, time.perf_counter()
-    chance = math.log(B) + (1 if settings.sigmoid else 0)  # of a model that knows no pair, about
+    chance = math.log(B) + (1 if settings.sigmoid else 0)  # about, all cosines 0 (1: wrong pairs)
     print(f"{settings.objective}: {data.device}, {data.about}; loss at chance {chance:.2f}")
     remaining = range(logged + 1, steps + 1)
     bar = tqdm(remaining, settings.objective, steps, initial=logged, disable=RANK > 0 or None)
@@ -444,7 +446,7 @@ def train(settings, data, out, resume=False, init=None, compile=False, watch=Non
         optimizer.zero_grad()
         losses[0].backward()
         optimizer.step()
-        model.log_tau.data[:2].clamp_(0, math.log(100))
+        model.log_tau.data[:2].clamp_(0, math.log(100))  # tau_1, tau_2 in 1 to 100
 
         total = total + losses.detach() / PROCESSES
         if step % LOG_EVERY == 0 or step == steps:
@@ -478,9 +480,10 @@ FACES = [  # typefaces that come with matplotlib, in the order that FACE_SPLITS 
     "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta",
 ]  # fmt: skip
 FACE_SPLITS = {"train": slice(0, 10), "validation": slice(10, 12), "test": slice(12, 16)}
-SPLITS = {  # patterns of how "é latin small letter e with acute" begins; all else is for tests
+SPLITS = {  # the first pattern with which "é latin small letter e ..." begins; else it is for tests
     "phonetic letters": "[\u0250-\u02af]", "modifier letters": "[\u02b0-\u02ff]",
-    "old italic": "[\U00010300-\U0001032f]", "train": ". digit|. latin (capital|small) letter .$|"
+    "old italic": "[\U00010300-\U0001032f]",
+    "train": ". digit|. latin (capital|small) letter .$|"
     r". greek (capital|small) letter \w+$|[\u2190-\u21cf\u2200-\u223f]",
 }  # fmt: skip
 SIZE = 32  # of a card in pixels, both ways
@@ -506,8 +509,8 @@ def render(text, font, height, width):
 
 
 def draw_typefaces():
-    """The characters that at least four of the typefaces have, and bitmaps uint8 of them, glyphs
-    (N, 16, 32, 32), and of the ten digits of a plate (10, 16, 9, 8)."""
+    """The characters that at least four of the typefaces have, without marks and spaces; bitmaps
+    uint8 of them, glyphs (N, 16, 32, 32), and of the ten digits of a plate (10, 16, 9, 8)."""
     paths = [f"{get_data_path()}/fonts/ttf/{name}.ttf" for name in FACES]
     charmaps = [FT2Font(path).get_charmap() for path in paths]
     load = partial(ImageFont.truetype, layout_engine=ImageFont.Layout.BASIC)  # no libraqm
@@ -526,7 +529,7 @@ def draw_typefaces():
 
 
 class Cards:
-    """Every character that at least four of the typefaces have: N characters, 16 typefaces.
+    """The N characters of `draw_typefaces`, in 16 typefaces.
 
     index {character: row}, names (N,), glyphs (N, 16, 32, 32) uint8, drawn (N, 16): which there
     are, digits (10, 16, 9, 8) uint8; train: rows of characters, validation {task: rows};
@@ -551,12 +554,12 @@ class Cards:
 
     def choose_characters(self, most):
         """The training characters, `most` of them or all, plain ones before combinations, and those
-        of the validation tasks, 40 at most; combinations only of words that are trained."""
-        names, splits = self.names, {split: [] for split in ["combinations", *SPLITS, "test"]}
+        of validation tasks, 40 at most each; combinations only of words that are trained."""
+        names, splits = self.names, {split: [] for split in ["combinations", *SPLITS]}
         for i, (character, name) in enumerate(zip(self.index, names, strict=True)):
             split = split_of(character, name)
             group = "train" if split == "train" else "validation"
-            if self.drawn[i, FACE_SPLITS[group]].any():
+            if split in splits and self.drawn[i, FACE_SPLITS[group]].any():
                 splits[split].append(i)
         train = splits.pop("train")
         train.sort(key=lambda i: (" with " in names[i], zlib.crc32(names[i].encode())))
@@ -564,7 +567,6 @@ class Cards:
         trained = [names[i] for i in self.train]
         self.vocabulary = build_vocabulary([*trained, *NUMERALS, "number"])
         splits["combinations"] = [i for i in splits["combinations"] if self.knows(i)]
-        del splits["test"]
         self.validation = {s: torch.tensor(m[:40]).to(self.device) for s, m in splits.items() if m}
 
     def knows(self, character):
@@ -645,14 +647,14 @@ def warp(images):
     cos, sin = angle.cos() / scale, angle.sin() / scale
     bend = random(-1, 1, B, 2, 4, 4) / S
 
-    # 4 x 4 points, where each comes from: (B, 2, 4, 4); pixels between them go by tents (4, S)
+    # where 4 x 4 points come from, (B, 2, 4, 4), in grid_sample's -1 to 1; a pixel's place is
+    # interpolated between theirs by tents (4, S), 1 at a point and 0 at the next
     k = torch.arange(4, device=images.device)
-    knots = (2 * k / 3 - 1) * (1 - 1 / S)  # from the first pixel to the last, in half images
+    knots = (2 * k / 3 - 1) * (1 - 1 / S)  # from the first pixel's centre to the last's
     x = knots + random(-10, 10, B, 1, 1) / S
     y = knots[:, None] + random(-10, 10, B, 1, 1) / S
     points = torch.stack((cos * x + (shear / scale - sin) * y, sin * x + cos * y), dim=1) + bend
-    tents = 1 - (torch.linspace(0, 3, S, device=images.device) - k[:, None]).abs()
-    tents = tents.clamp_min(0)
+    tents = (1 - (torch.linspace(0, 3, S, device=images.device) - k[:, None]).abs()).clamp_min(0)
     grid = (tents.T @ points @ tents).permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, align_corners=False)
 
@@ -698,12 +700,12 @@ def visible(name):
 
 
 def read_table(path):
-    """[(image's name, caption, line)], empty where a row is broken: of COCO's JSON, Flickr's
+    """[(image's name, caption, place)], empty where a row is broken: of COCO's JSON, Flickr's
     name.jpg#0<TAB>caption, or columns with names, between them a comma, tab, semicolon or bar."""
     if path.suffix == ".json":
         content = json.loads(read_text(path))
         names = {image["id"]: image["file_name"] for image in content["images"]}
-        notes = enumerate(content["annotations"])
+        notes = enumerate(content["annotations"], start=1)
         return [(names.get(n["image_id"]) or "", f"{n['caption'] or ''}", row) for row, n in notes]
     lines = io.StringIO(read_text(path), newline=None).readlines() or [""]
     quoting = csv.QUOTE_MINIMAL
@@ -751,8 +753,8 @@ def read_pairs(folder):
 
 
 def read_captions(source):
-    """{image's name, its path relative to the images' folder: [captions]}, {name: path} and [what
-    is wrong, a line each] of what `--data` names. Raises UserError."""
+    """{name: captions}, {name: path} and [what is wrong, a line each] of what `--data` names; an
+    image's name is its path relative to the images' folder. Raises UserError."""
     if not source.exists():
         raise UserError(f"--data {source}: there is no such file or folder")
     folder = Path(os.path.abspath(source if source.is_dir() else source.parent))
@@ -768,7 +770,8 @@ def read_captions(source):
         kinds = "a table with whole rows, or images with .txt files; unpack .tar and .parquet"
         raise UserError(f"--data {source}: it must be {kinds}")
     names = [*FOLDERS, *(table.stem.removeprefix("captions_") for table in tables)]  # COCO's
-    folders = [folder, *(folder / name for name in names), *(folder.parent / n for n in names[2:])]
+    beside = names[2:]  # not every folder of images
+    folders = [folder, *(folder / name for name in names), *(folder.parent / n for n in beside)]
 
     @cache
     def find(spelled):
@@ -818,9 +821,9 @@ def preprocess(settings):
 
 
 def read_images(read, sources, bad, skip_bad):
-    """sources {what `read` takes: its name in messages} -> {the same: what `read` returns}, by
-    several threads, of what can be read; `bad` has a line for each thing wrong before. Raises
-    UserError where something is bad, unless `skip_bad`."""
+    """{source: read(source)} of the keys of `sources` that can be read, in threads; their values
+    name them in messages. `bad` has a line for each thing wrong before. Raises UserError where
+    something is bad, unless `skip_bad`."""
 
     def attempt(source):
         try:
@@ -860,7 +863,7 @@ def split_names(folder, names):
 class Photos:
     """Images with their captions, each decoded once: images (N, 3, S, S) uint8; tokens (N, most, L)
     of each one's captions, 0 where there are fewer; counts (N,): how many; train, held_out {split:
-    numbers of images}. All on the device. Raises UserError."""
+    [numbers of images]}. Raises UserError."""
 
     def __init__(self, device, settings, skip_bad=False):
         self.device = torch.device(device)
