@@ -20,7 +20,6 @@ import time
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -34,11 +33,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from torchvision import models, transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision import datasets, models, transforms
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 
@@ -58,8 +56,7 @@ RANGES = {
 
 @dataclass
 class Settings:
-    """All that determines a run, besides --init and the number of processes; every field is a flag,
-    its comment the flag's help."""
+    """What determines a run, --init and processes aside; fields are flags, their comments help."""
 
     objective: str = "clip"  # clip, siglip, with context clixp, siglixp; the flag takes some: a,b
     data: str = ""  # your own images and captions, a folder or a table; else cards
@@ -88,7 +85,6 @@ class Settings:
     context = property(lambda self: self.objective.endswith("xp"))
 
     def __post_init__(self):
-        """Raises UserError."""
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"--{name} {getattr(self, name)}: it is one of {choices}")
@@ -126,10 +122,8 @@ def siglip_loss(x, t, i, X, T, tau, b):
 
 def attention(x, i, K, tau_ctx, mask=True):
     """softmax_j( x_i.K_j / (tau_ctx sqrt(d)) ): how much of image j goes into the context of i.
-
     x (n, d) normalised, at the places i (n,) of the batch; keys K (B, d), the batch's normalised
-    embeddings -> (n, B), each row with sum 1; with `mask` its entry j = i is 0.
-    """
+    embeddings -> (n, B), each row with sum 1; with `mask` its entry j = i is 0."""
     scores = x @ K.T / (tau_ctx * x.shape[1] ** 0.5)
     if mask:
         scores = scores.scatter(1, i[:, None], -math.inf)
@@ -138,18 +132,14 @@ def attention(x, i, K, tau_ctx, mask=True):
 
 def contextualize(x, i, K, V, tau_ctx, mask=True):
     """x_ctx_i = softmax_j( x_i.K_j / (tau_ctx sqrt(d)) ) V: an image rebuilt from the others.
-
-    Values V (B, d) are the batch's raw embeddings, not normalised; nor is x_ctx (n, d).
-    """
+    Values V (B, d) are the batch's raw embeddings, not normalised; nor is x_ctx (n, d)."""
     return attention(x, i, K, tau_ctx, mask) @ V
 
 
 def lixp_loss(v, u, temperatures, settings):
     """L_LIxP = alpha L(X, T; tau_1) + (1 - alpha) L(X_ctx, T; tau_2); plainly L(X, T; tau_1) alone.
-
     v, u (n, d): x, t before they are normalised; temperatures (5,) of `ContextCLIP`. Gradients flow
-    through queries, keys and values. Returns (3,) nats: the loss, its plain and its context term.
-    """
+    through queries, keys and values. Returns (3,) nats: the loss, its plain, its context term."""
     x, t = F.normalize(v, dim=1), F.normalize(u, dim=1)
     X, T, V = gather(x), gather(t), gather(v)  # of all processes; with one they stay as they are
     i = torch.arange(len(x), device=x.device) + len(x) * RANK
@@ -215,21 +205,20 @@ def cnn(channels, size, width):
         plan += [(width, 2), (width, 1)]
         side = (side + 1) // 2
     for outputs, stride in plan:
-        layers += [nn.GroupNorm(1, inputs), nn.ReLU(inplace=True)]
-        layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1)]
+        layers += [nn.GroupNorm(1, inputs), nn.ReLU(True), nn.Conv2d(inputs, outputs, 3, stride, 1)]
         inputs = outputs
-    layers += [nn.GroupNorm(1, inputs), nn.ReLU(inplace=True), nn.Flatten()]
+    layers += [nn.GroupNorm(1, inputs), nn.ReLU(True), nn.Flatten()]
     return nn.Sequential(*layers, nn.Linear(inputs * side**2, width))
 
 
-def torchvision_encoder(name, weights, size, width):
+def torchvision_encoder(name, pretrained, size, width):
     """(B, 3, size, size) -> (B, d): a linear layer on the 1,000 outputs of a classifier. Raises
     UserError if torchvision has none of that name, or it takes no images of that size."""
     with blame(f"--encoder {name}, {size} pixels"):
         if name not in models.list_models(models):
             raise ValueError("torchvision has no classification model of that name")
         of_size = {"image_size": size} if name.startswith("vit") else {}
-        model = models.get_model(name, weights=weights, **of_size)
+        model = models.get_model(name, weights="DEFAULT" if pretrained else None, **of_size)
         for part in ("aux1", "aux2", "AuxLogits", "aux_logits", "transform_input"):
             setattr(model, part, None)  # GoogLeNet's and Inception's further outputs, and a scaling
         model = nn.Sequential(model, nn.Linear(1000, width)).eval()
@@ -262,8 +251,7 @@ def use_bf16(precision, device):
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 class ContextCLIP(nn.Module):
@@ -278,8 +266,7 @@ class ContextCLIP(nn.Module):
         if settings.encoder == "cnn":
             self.image_encoder = cnn(self.channels, size, d)
         else:
-            weights = "DEFAULT" if settings.pretrained else None
-            self.image_encoder = torchvision_encoder(settings.encoder, weights, size, d)
+            self.image_encoder = torchvision_encoder(settings.encoder, settings.pretrained, size, d)
         self.text_encoder = TextEncoder(len(vocabulary), d)
         taus = [settings.tau, settings.tau, settings.tau_ctx / d**0.5]  # the setting has sqrt(d)
         self.log_tau = nn.Parameter(torch.tensor(taus).log())
@@ -294,9 +281,7 @@ class ContextCLIP(nn.Module):
     def encode_image(self, images, normalize=False):
         """images (B, 1 or 3, S, S) in about [0, 1], of another size resized; the cnn of cards takes
         one channel -> v (B, d) float32, with `normalize` of length 1."""
-        size = [self.settings.image_size] * 2
-        if list(images.shape[2:]) != size:
-            images = transforms.functional.resize(images, size)
+        images = transforms.functional.resize(images, [self.settings.image_size] * 2)
         images = images.expand(-1, self.channels, -1, -1).clone(memory_format=torch.channels_last)
         images.mul_(4).sub_(2)  # mean 0, deviation about 1
         bf16 = use_bf16(self.settings.precision, images.device)
@@ -338,7 +323,7 @@ def tokenize(captions, vocabulary):
     """N captions -> tokens (N, L) int64, L the longest; an empty caption is an unknown word."""
     words = [split_words(caption)[:MAX_WORDS] or ["<unk>"] for caption in captions]
     rows = [torch.tensor([vocabulary.get(word, 1) for word in row]) for row in words]
-    return pad_sequence(rows, batch_first=True)
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def embed_images(model, images):
@@ -408,11 +393,10 @@ def start(settings, data, init, saved, compile):
         torch._dynamo.config.suppress_errors = True  # without a compiler it goes on plainly
         model.image_encoder.compile()
         model.text_encoder.compile()
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]  # temperatures, biases, gains: no decay
-    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    matrices = {"params": [p for p in model.parameters() if p.ndim >= 2]}
+    others = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}
     options = {"betas": (0.9, 0.98), "weight_decay": settings.weight_decay, "fused": True}
-    optimizer = torch.optim.AdamW(groups, settings.lr, **options)
+    optimizer = torch.optim.AdamW([matrices, others], settings.lr, **options)
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
     forward = DistributedDataParallel(model) if PROCESSES > 1 else model
@@ -529,12 +513,9 @@ def draw_typefaces():
 
 
 class Cards:
-    """The N characters of `draw_typefaces`, in 16 typefaces.
-
-    index {character: row}, names (N,), glyphs (N, 16, 32, 32) uint8, drawn (N, 16): which there
-    are, digits (10, 16, 9, 8) uint8; train: rows of characters, validation {task: rows};
-    tokens (N, L + 4) of the names, with room for a card's number.
-    """
+    """The N characters of `draw_typefaces`, its glyphs, digits: index {character: row}, names and
+    splits (N,), drawn (N, 16): which glyphs there are; train: rows of characters, validation {task:
+    rows}; tokens (N, L + 4) of the names, with room for a card's number."""
 
     def __init__(self, device, settings):
         self.device = torch.device(device)
@@ -546,28 +527,25 @@ class Cards:
         self.glyphs = torch.from_numpy(glyphs).to(device)
         self.digits = torch.from_numpy(digits).to(device)
         self.drawn = self.glyphs.amax((2, 3)) > 64  # some typefaces have it, and draw nothing
-        self.choose_characters(settings.characters)
-        self.tokens = F.pad(tokenize(self.names, self.vocabulary), (0, 4)).to(device)
-        self.longest = int((self.tokens[self.train] != 0).sum(1).max()) + 4  # of training captions
-        self.numerals = torch.tensor([self.vocabulary[w] for w in NUMERALS], device=device)
-        self.about = f"{len(self.train)} characters, {len(self.vocabulary)} words"
-
-    def choose_characters(self, most):
-        """The training characters, `most` of them or all, plain ones before combinations, and those
-        of validation tasks, 40 at most each; combinations only of words that are trained."""
-        names, splits = self.names, {split: [] for split in ["combinations", *SPLITS]}
-        for i, (character, name) in enumerate(zip(self.index, names, strict=True)):
-            split = split_of(character, name)
+        # to train on: plain characters before combinations; to validate on: 40 of a task at most,
+        # combinations only of words that are trained
+        splits = {split: [] for split in ["combinations", *SPLITS]}
+        self.splits = [split_of(c, name) for c, name in zip(characters, self.names, strict=True)]
+        for i, split in enumerate(self.splits):
             group = "train" if split == "train" else "validation"
             if split in splits and self.drawn[i, FACE_SPLITS[group]].any():
                 splits[split].append(i)
         train = splits.pop("train")
-        train.sort(key=lambda i: (" with " in names[i], zlib.crc32(names[i].encode())))
-        self.train = torch.tensor(train[: most or None], device=self.device)
-        trained = [names[i] for i in self.train]
+        train.sort(key=lambda i: (" with " in self.names[i], zlib.crc32(self.names[i].encode())))
+        self.train = torch.tensor(train[: settings.characters or None], device=device)
+        trained = [self.names[i] for i in self.train]
         self.vocabulary = build_vocabulary([*trained, *NUMERALS, "number"])
         splits["combinations"] = [i for i in splits["combinations"] if self.knows(i)]
-        self.validation = {s: torch.tensor(m[:40]).to(self.device) for s, m in splits.items() if m}
+        self.validation = {s: torch.tensor(m[:40]).to(device) for s, m in splits.items() if m}
+        self.tokens = F.pad(tokenize(self.names, self.vocabulary), (0, 4)).to(device)
+        self.longest = int((self.tokens[self.train] != 0).sum(1).max()) + 4  # of training captions
+        self.numerals = torch.tensor([self.vocabulary[w] for w in NUMERALS], device=device)
+        self.about = f"{len(self.train)} characters, {len(self.vocabulary)} words"
 
     def knows(self, character):
         """Whether all words of its name were trained."""
@@ -596,8 +574,7 @@ class Cards:
             C = len(members)
             labels = torch.arange(C, device=self.device)
             images, _ = draw_cards(self, members.repeat(queries + max(shots)), "validation")
-            x = embed_images(model, images)
-            query, support = x.split([queries * C, max(shots) * C])
+            query, support = embed_images(model, images).split([queries * C, max(shots) * C])
             classes = {}
             if task == "combinations":
                 classes["zero-shot"] = embed_classes(model, [[self.names[i]] for i in members])
@@ -615,10 +592,8 @@ def uniform(low, high, *shape, device):
 
 def draw_cards(cards, characters, split):
     """One card each: the character somewhere, warped, under a plate with a random number of three
-    digits, both in random typefaces of the split, in random shades, with noise.
-
-    characters (B,) int64 -> images (B, 1, 32, 32) float32 in about [0, 1], numbers (B, 3) int64.
-    """
+    digits, both in random typefaces of the split, in random shades, with noise. characters (B,)
+    int64 -> images (B, 1, 32, 32) float32 in about [0, 1], numbers (B, 3) int64."""
     B, faces = len(characters), FACE_SPLITS[split]
     random = partial(uniform, device=characters.device)
     dark, light = random(0, 0.3, B, 1, 1, 1), random(0.6, 1, B, 1, 1, 1)
@@ -661,9 +636,7 @@ def warp(images):
 
 def lay_plates(images, cards, numbers, split, paper, pen):
     """Lay a plate of 24 x 9 pixels with a number over each image, near its top or bottom edge.
-
-    images (B, 1, 32, 32), changed in place; numbers (B, 3) digits; paper, pen: the shades.
-    """
+    images (B, 1, 32, 32), changed in place; numbers (B, 3) digits; paper, pen: the shades."""
     integers = partial(torch.randint, size=(len(images), 1), device=images.device)
     face = integers(FACE_SPLITS[split].start, FACE_SPLITS[split].stop)
     plates = torch.cat(cards.digits[numbers, face].unbind(1), dim=2) / 255  # (B, 9, 24)
@@ -682,12 +655,8 @@ COLUMN_NAMES = [  # of the image and of the caption
 ]
 TABLES = ["captions.txt", "Flickr8k.token.txt", "*.token", "captions_*.json", "*.csv", "*.tsv"]
 FOLDERS = ["Images", "images", "Flicker8k_Dataset", "flickr30k_images", "flickr30k-images"]
-EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".avif")
-
-
-def read_text(path):
-    """What is not UTF-8 becomes U+FFFD; with it a caption is bad."""
-    return path.read_bytes().decode("utf-8-sig", errors="replace")
+READ = {"encoding": "utf-8-sig", "errors": "replace"}  # by U+FFFD, with which a caption is bad
+EXTENSIONS = (*datasets.folder.IMG_EXTENSIONS, ".gif", ".avif")
 
 
 def standard(name):
@@ -703,18 +672,17 @@ def read_table(path):
     """[(image's name, caption, place)], empty where a row is broken: of COCO's JSON, Flickr's
     name.jpg#0<TAB>caption, or columns with names, between them a comma, tab, semicolon or bar."""
     if path.suffix == ".json":
-        content = json.loads(read_text(path))
+        content = json.loads(path.read_text(**READ))
         names = {image["id"]: image["file_name"] for image in content["images"]}
         notes = enumerate(content["annotations"], start=1)
         return [(names.get(n["image_id"]) or "", f"{n['caption'] or ''}", row) for row, n in notes]
-    lines = io.StringIO(read_text(path), newline=None).readlines() or [""]
-    quoting = csv.QUOTE_MINIMAL
+    lines = io.StringIO(path.read_text(**READ)).readlines() or [""]
     if re.match(r"[^\t]+#\d+\t", lines[0]):
-        quoting = csv.QUOTE_NONE
-        lines = ["image\tcaption\n", *(re.sub(r"#\d+\t", "\t", line, count=1) for line in lines)]
+        pairs = [re.sub(r"#\d+\t", "\t", line.strip(), count=1).partition("\t") for line in lines]
+        return [(name, text, row) for row, (name, _, text) in enumerate(pairs, 1) if name or text]
     delimiter = max(",\t;|", key=lines[0].count)
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting)
+    reader = csv.reader(lines, delimiter=delimiter)
     header = [name.strip().lower() for name in next(reader)]
     known = [[header.index(name) for name in names if name in header] for names in COLUMN_NAMES]
     if not all(known):
@@ -725,8 +693,7 @@ def read_table(path):
         swallowed = " ".join(cell for cell in row if "\n" in cell and delimiter in cell).lower()
         if any(extension in swallowed for extension in EXTENSIONS):
             raise ValueError(f"a quote is not closed before line {reader.line_num}")
-        whole = len(row) == len(header)
-        pair = (row[image].strip(), row[caption]) if whole else ("", "")
+        pair = (row[image].strip(), row[caption]) if len(row) == len(header) else ("", "")
         rows.append((*pair, reader.line_num))
     return rows
 
@@ -747,7 +714,7 @@ def read_pairs(folder):
     for name in sorted(names):
         if name.lower().endswith(EXTENSIONS):
             text = texts.get(standard(os.path.splitext(name)[0]))
-            lines = read_text(text).splitlines() if text else []
+            lines = text.read_text(**READ).splitlines() if text else []
             rows += [(name, line, name) for line in lines if line.strip()] or [(name, "", name)]
     return rows
 
@@ -760,15 +727,13 @@ def read_captions(source):
     folder = Path(os.path.abspath(source if source.is_dir() else source.parent))
     tables = [source]
     if source.is_dir():
-        tables = [table for pattern in TABLES for table in sorted(folder.glob(pattern))]
-        tables = [table for table in tables if visible(table.name)]
+        tables = [t for pattern in TABLES for t in sorted(folder.glob(pattern)) if visible(t.name)]
     if len(tables) > 1:
         raise UserError(f"--data {source}: which of {', '.join(map(str, tables))}?")
     with blame(f"--data {source}: no table of images and captions, known columns {COLUMN_NAMES}"):
         rows = read_table(tables[0]) if tables else read_pairs(folder)
-    if not any(name for name, _, _ in rows):
-        kinds = "a table with whole rows, or images with .txt files; unpack .tar and .parquet"
-        raise UserError(f"--data {source}: it must be {kinds}")
+        if not any(name for name, _, _ in rows):
+            raise ValueError("no whole row, nor images with .txt files; unpack .tar and .parquet")
     names = [*FOLDERS, *(table.stem.removeprefix("captions_") for table in tables)]  # COCO's
     beside = names[2:]  # not every folder of images
     folders = [folder, *(folder / name for name in names), *(folder.parent / n for n in beside)]
@@ -795,12 +760,11 @@ def read_captions(source):
     return captions, paths, bad
 
 
-def open_image(source, size=0):
+def open_image(source, size=2**16):
     """A path or PIL image -> PIL image, RGB: turned as its EXIF says, 16-bit and float ones scaled
     to their range, transparency laid on white. Pillow raises in many ways."""
     image = source if isinstance(source, Image.Image) else Image.open(source)
-    if size:  # a large JPEG is not decoded in full
-        image.draft("RGB", (2 * size, 2 * size))
+    image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is not decoded in full
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
         values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
@@ -831,9 +795,7 @@ def read_images(read, sources, bad, skip_bad):
         except Exception as error:
             bad.append(f"{sources[source]} cannot be read ({in_one_line(error)})")
 
-    with ThreadPoolExecutor() as pool:
-        images = pool.map(attempt, sources)
-        images = list(tqdm(images, "reading images", len(sources), leave=False, disable=None))
+    images = thread_map(attempt, sources, desc="reading images", leave=False, disable=None)
     if bad and not skip_bad:
         raise UserError(f"{bad[0]} ({len(bad):,} such); --skip-bad goes on without")
     if bad:
@@ -848,8 +810,8 @@ def split_names(folder, names):
     for split in ("dev", "test", "train"):
         paths = [path for path in folder.glob(f"*{split}Images.txt") if visible(path.name)]
         if paths:
-            listed = {standard(line) for path in paths for line in read_text(path).splitlines()}
-            lists[split] = listed & set(names)
+            lines = "\n".join(path.read_text(**READ) for path in paths).splitlines()
+            lists[split] = set(map(standard, lines)) & set(names)
             if not lists[split]:
                 raise UserError(f"{paths[0]}: none of its lines is an image, for one {names[:1]}")
     others = set(names) - lists.get("train", set())
@@ -888,7 +850,7 @@ class Photos:
         self.about = f"{len(train):,} images, {len(self.vocabulary)} words, {unknown:.0%} unknown"
         counts = [len(texts) for texts in captions]
         self.counts = torch.tensor(counts, device=device)
-        self.tokens = pad_sequence(tokens.split(counts), batch_first=True).to(device)
+        self.tokens = nn.utils.rnn.pad_sequence(tokens.split(counts), batch_first=True).to(device)
         pixels = torch.stack(list(images.values()))
         checksum = zlib.crc32(repr((captions, train)).encode())
         self.fingerprint = zlib.crc32(pixels.numpy(), checksum)
@@ -904,7 +866,8 @@ class Photos:
         chosen = self.train[chosen.to(self.device, non_blocking=True)]
         B, random = len(chosen), partial(uniform, device=self.device)
         tokens = self.tokens[chosen, (random(0, 1, B) * self.counts[chosen]).long()]
-        scale, mirror = random(0.5, 1, B, 1, 1).sqrt(), random(-1, 1, B, 1, 1).sign()
+        scale = random(0.5, 1, B, 1, 1).sqrt()
+        mirror = random(-1, 1, B, 1, 1).sign()
         right, down = random(-1, 1, 2, B, 1, 1) * (1 - scale)
         images, S = self.images[chosen] / 255, self.images.shape[-1]
         pixels = torch.linspace(1 / S - 1, 1 - 1 / S, S, device=self.device)  # in half images
@@ -1017,8 +980,7 @@ def load(path, device="cpu"):
 
 
 def lock(folder):
-    """Make a folder and keep other runs out of it as long as the file that is returned is open.
-    Raises UserError, OSError."""
+    """Make a folder and keep other runs out of it as long as the file returned is open."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "a")
     with blame(f"--out {folder}: another run is writing there"):
@@ -1063,52 +1025,47 @@ def print_table(rows):
 
 
 @contextlib.contextmanager
-def errors_in_one_line(program):
+def errors_in_one_line(program, stopped="stopped"):
     """What a user can mend is one line and exit status 2."""
-    status = 2
     try:
         with contextlib.suppress(AttributeError):  # of a notebook
             sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
         yield
         return
-    except KeyboardInterrupt as error:
-        status, message = 130, str(error) or "stopped"
+    except KeyboardInterrupt:
+        status, message = 130, stopped
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(status)
+        sys.exit(2)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in repr(error).lower():
             raise
-        message = in_one_line(error)
+        status, message = 2, in_one_line(error)
     print(f"{program}: {message}", file=sys.stderr)
     sys.exit(status)
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description="Train without and with context, and compare."
-    )
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Train and compare.")
     # the comments of Settings are the help
     helps = dict(re.findall(r"    (\w+): \w+ = .*?  # (.*)", inspect.getsource(Settings)))
     add = parser.add_argument
+    switch = partial(add, action="store_true")
     for field in fields(Settings):
-        kind = {"type": field.type, "metavar": "X"}
-        if field.type is bool:
-            kind = {"action": "store_true"}
+        option = switch if field.type is bool else partial(add, type=field.type, metavar="X")
         text = f"{helps[field.name]} (%(default)s)"
-        add(f"--{field.name.replace('_', '-')}", default=field.default, help=text, **kind)
+        option(f"--{field.name.replace('_', '-')}", default=field.default, help=text)
     parser.set_defaults(objective="clip,clixp")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (auto)")
     add("--out", type=Path, default=Path("runs"), help="folder for checkpoints and logs (runs)")
     add("--init", type=Path, help="post-training: start from the weights of this checkpoint")
-    switch = partial(add, action="store_true")
     switch("--resume", help="go on where the same command was interrupted")
     switch("--compile", help="torch.compile the encoders")
     switch("--skip-bad", help="with --data, leave out rows and images that cannot be read")
     return parser
 
 
-@errors_in_one_line("contextclip")
+@errors_in_one_line("contextclip", "stopped; the same command with --resume goes on")
 def main(arguments=None):
     args = make_parser().parse_args(arguments)
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
@@ -1120,15 +1077,11 @@ def main(arguments=None):
     if args.batch_size % PROCESSES:
         raise UserError(f"--batch-size {args.batch_size}: not a multiple of {PROCESSES} processes")
     init = read_checkpoint(args.init) if args.init else None
-    try:
-        with contextlib.nullcontext() if RANK else lock(args.out):
-            data = Photos(device, runs[0], args.skip_bad) if args.data else Cards(device, runs[0])
-            results = [train(s, data, args.out, args.resume, init, args.compile) for s in runs]
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped; the same command with --resume goes on") from None
+    with contextlib.nullcontext() if RANK else lock(args.out):
+        data = Photos(device, runs[0], args.skip_bad) if args.data else Cards(device, runs[0])
+        results = [train(s, data, args.out, args.resume, init, args.compile) for s in runs]
     print_table(results)
-    more = " --data FOLDER" if args.data else ""
-    print(f"next: python fewshot.py --out '{args.out}'{more}")
+    print(f"next: python fewshot.py --out '{args.out}'")
     if PROCESSES > 1:
         dist.destroy_process_group()
 

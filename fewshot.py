@@ -15,11 +15,10 @@ import itertools
 import json
 import re
 import zlib
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections import namedtuple
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torchvision import datasets
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 import contextclip as cc
 
@@ -178,17 +178,10 @@ TASKS = {  # name: group, pattern of how "é latin small letter e with acute" be
 # unseen: scripts never trained; own, unnamed: images of your own, with class names and without
 NO_TEXT = ("unseen", "unnamed")  # no zero-shot: the words of the captions are not known
 
-
-@dataclass
-class Task:
-    """captions: a list for each of C classes. draw(seed, shots, queries) -> (queries + shots, C,
-    1 or 3, S, S) images: the queries, the same for any number of shots; then the support, of which
-    fewer shots are the first of more."""
-
-    name: str
-    group: str
-    captions: list[list[str]]
-    draw: Callable
+# captions: a list for each of C classes. draw(seed, shots, queries) -> (queries + shots, C, 1 or 3,
+# S, S) images: the queries, the same for any number of shots; then the support, of which fewer
+# shots are the first of more.
+Task = namedtuple("Task", "name group captions draw")
 
 
 def card_task(cards, name, group, members, faces):
@@ -210,19 +203,15 @@ def card_task(cards, name, group, members, faces):
 def card_tasks(cards, names=TASKS):
     """The built-in tasks. Seen and combined characters are drawn in STIX, never trained; the other
     scripts exist in DejaVu alone: there the characters are new, the typefaces are not."""
-    splits = [cc.split_of(c, name) for c, name in zip(cards.index, cards.names, strict=True)]
-    new = [i for i, split in enumerate(splits) if split == "test"]
-    fits = {"seen": cards.train.tolist(), "combined": filter(cards.knows, new), "unseen": new}
-    fits = {group: set(members) for group, members in fits.items()}
+    new = [i for i, split in enumerate(cards.splits) if split == "test"]
+    fits = {"seen": cards.train.tolist(), "combined": [*filter(cards.knows, new)], "unseen": new}
+    starts = [f"{c} {name}" for c, name in zip(cards.index, cards.names, strict=True)]
     tasks = []
     for name in dict.fromkeys(names):
         group, pattern = TASKS[name]
         faces = "train" if group == "unseen" else "test"
         drawn = cards.drawn[:, cc.FACE_SPLITS[faces]].any(1).tolist()
-        members = []
-        for character, i in cards.index.items():
-            if i in fits[group] and drawn[i] and re.match(pattern, f"{character} {cards.names[i]}"):
-                members.append(i)
+        members = [i for i in fits[group] if drawn[i] and re.match(pattern, starts[i])]
         members.sort(key=lambda i: zlib.crc32(cards.names[i].encode()))  # 40 by chance
         if len(members) > 1:  # a model of few characters has not seen all
             tasks.append(card_task(cards, name, group, sorted(members[:40]), faces))
@@ -266,9 +255,7 @@ def open_dataset(source, root):
         parts = Path(path).relative_to(folder).parts
         return path.lower().endswith(cc.EXTENSIONS) and all(map(cc.visible, parts))
 
-    with cc.blame(f"--data {source}"):
-        options = {"loader": str, "is_valid_file": wanted, "allow_empty": True}
-        return datasets.ImageFolder(folder, **options)
+    return datasets.ImageFolder(folder, loader=str, is_valid_file=wanted, allow_empty=True)
 
 
 def spell(name):
@@ -282,11 +269,10 @@ def with_plates(images, cards):
     farthest from it."""
     torch.manual_seed(0)
     images = images.to(cards.device, copy=True)
-    flat = images.flatten(1)
-    paper = flat.median(dim=1, keepdim=True).values
-    pen = flat.gather(1, (flat - paper).abs().argmax(dim=1, keepdim=True))
+    flat = images.flatten(2)[..., None]
+    paper = flat.median(dim=2, keepdim=True).values
+    pen = flat.gather(2, (flat - paper).abs().argmax(dim=2, keepdim=True))
     numbers = torch.randint(10, (len(images), 3), device=cards.device)
-    paper, pen = paper[..., None, None], pen[..., None, None]
     cc.lay_plates(images, cards, numbers, "test", paper, pen)
     return images
 
@@ -301,10 +287,9 @@ def read_dataset(source, args, settings, cards=None):
         image, label = dataset[i]
         return fit(image), int(label)
 
+    places = [f"{source}, image {i}" for i in range(len(dataset))]
     if isinstance(dataset, datasets.ImageFolder):
         places = [path for path, _ in dataset.samples]
-    else:
-        places = [f"{source}, image {i}" for i in range(len(dataset))]
     pairs = cc.read_images(read, dict(enumerate(places)), [], args.skip_bad).values()
     labels = np.array([label for _, label in pairs])
     classes = getattr(dataset, "classes", "0123456789" if source in ("USPS", "SVHN") else [])
@@ -341,11 +326,9 @@ def image_task(source, args, images, labels, names, group, part=slice(None)):
 def embed(model, task, seed, shots, queries):
     """(query (queries C, d), support (shots C, d), text (C, d), tau_1); row r is of class r % C."""
     C = len(task.captions)
-    images = task.draw(seed, shots, queries).flatten(0, 1)
-    x = cc.embed_images(model, images.to(model.b.device))
-    query, support = x.split([queries * C, shots * C])
-    tau = model.temperatures()[0].item()
-    return query, support, cc.embed_classes(model, task.captions), tau
+    images = task.draw(seed, shots, queries).flatten(0, 1).to(model.b.device)
+    query, support = cc.embed_images(model, images).split([queries * C, shots * C])
+    return query, support, cc.embed_classes(model, task.captions), model.temperatures()[0].item()
 
 
 def accuracy(method, embedded, shots, hyper):
@@ -371,8 +354,7 @@ def in_threads(function, items):
     """[function(item), ...], a thread per core: small operators on several wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with ThreadPoolExecutor(threads) as pool:
-        results = list(pool.map(function, items))
+    results = thread_map(function, items, max_workers=threads, disable=True)
     torch.set_num_threads(threads)
     return results
 
@@ -469,10 +451,8 @@ def report(table, tasks, shots):
     methods = [method for method in methods if method != "zero-shot"]
     groups = np.array([task.group for task in tasks if task.group not in NO_TEXT])
     for model in models:
-        rows = []
-        for m in methods:
-            rows.append({model: m} | {f"{k}-shot": table[model, m, k].mean() for k in shots})
-        cc.print_table(rows)
+        means = {m: {f"{k}-shot": table[model, m, k].mean() for k in shots} for m in methods}
+        cc.print_table([{model: m} | means[m] for m in methods])
         for group in dict.fromkeys(groups) if (model, "zero-shot", 0) in table else ():
             mean = table[model, "zero-shot", 0][groups == group].mean()
             print(f"{model}, zero-shot, {group}: {mean:.1f}")
@@ -544,8 +524,7 @@ def save_figure(figure, path):
 
 
 def load_runs(paths, device):
-    """[{model's name: model}, ...], a dictionary per folder, that is, training run. Raises
-    UserError."""
+    """[{model's name: model}, ...], one per folder, that is, training run. Raises UserError."""
     runs = {}
     for path in paths:
         runs.setdefault(path.parent, {})[path.stem] = cc.load(path, device)
@@ -559,14 +538,10 @@ def load_runs(paths, device):
 
 
 def make_parser():
-    description = "Few-shot classification with trained models."
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=description)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="Few-shot evaluation.")
     add = partial(parser.add_argument, metavar="X")
-    add(
-        "--checkpoint", nargs="+", type=Path, help="models; a folder is one training run (OUT/*.pt)"
-    )
-    shots = [1, 2, 4, 8, 16, 32]
-    add("--shots", default=shots, nargs="+", type=int, help="images per class (1 2 4 8 16 32)")
+    add("--checkpoint", nargs="+", type=Path, help="models, a folder per training run (OUT/*.pt)")
+    add("--shots", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], help="per class (1 to 32)")
     add("--seeds", type=int, default=3, help="draws of images, per training run (3)")
     add("--queries", type=int, default=16, help="images per class to classify (16)")
     add("--methods", nargs="+", choices=CLASSIFIERS, default=list(CLASSIFIERS), help="(all)")
