@@ -1286,9 +1286,9 @@ def test_spellings_lists_quotes_and_shards_are_not_silently_wrong(tmp_path):
     (tmp_path / "devImages.txt").rename(tmp_path / "._devImages.txt")
     (tmp_path / "trainImages.txt").write_text("./0.png \r\n2.png")
     assert cc.split_names(tmp_path, list(captions)) == ({"dev": {"3.png"}}, {"0.png", "2.png"})
-    (tmp_path / "quotes.token").write_text('0.png#0\t"a" dog\n0.png#1\tb"c\n')
-    found = cc.read_captions(tmp_path / "quotes.token")[0]["0.png"]
-    assert [text.strip() for text in found] == ['"a" dog', 'b"c']
+    (tmp_path / "quotes.token").write_text('0.png#0\t"a" dog\n0.png#1\tb"c\n\n')
+    found, _, bad = cc.read_captions(tmp_path / "quotes.token")
+    assert found == {"0.png": ['"a" dog', 'b"c']} and not bad
     (tmp_path / "shard.tar").write_bytes(b"\0" * 1024)
     with pytest.raises(cc.UserError, match="unpack .tar and .parquet"):
         cc.read_captions(tmp_path / "shard.tar")
