@@ -316,10 +316,12 @@ def draw_real(args, path):
 
 
 # ---- Time and memory -----------------------------------------------------------------------------
-def by_turns(parts, rounds):
-    """{name: median seconds} of functions called by turns, for machines drift, once to warm up."""
+def by_turns(parts, rounds, rest=0):
+    """{name: median seconds} of functions called by turns, for machines drift, once to warm up;
+    before each `rest` seconds, for what another leaves running to end."""
     found = {name: [] for name in parts}
     for _, (name, part) in product(range(rounds + 1), parts.items()):
+        time.sleep(rest)
         start = time.perf_counter()
         part()
         if torch.accelerator.is_available():
@@ -391,9 +393,9 @@ def load_plainly(data, source, batch_size):
 
 
 def make_steps(started, batches):
-    """30 training steps on what `batches` yields next."""
+    """60 training steps on what `batches` yields next."""
     model, _, optimizer = started
-    for _ in range(30):
+    for _ in range(60):
         loss, *_ = model(*(part.to(model.b.device) for part in next(batches)))
         optimizer.zero_grad()
         loss.backward()
@@ -402,10 +404,8 @@ def make_steps(started, batches):
 
 def measure_speed(args):
     """Images/s of training, ours and plain in float32; on cards, or on --data at 64 pixels."""
-    device, settings = cc.choose_device(), DEFAULT
-    source = args.data and args.data[0]
-    if source:
-        settings = replace(DEFAULT, data=source, image_size=64)
+    device, source = cc.choose_device(), args.data and args.data[0]
+    settings = replace(DEFAULT, data=source, image_size=64) if source else DEFAULT
     data = cc.Photos(device, settings) if source else cc.Cards(device, settings)
     loader = load_plainly(data, source, settings.batch_size)
     plain, ours = chain.from_iterable(repeat(loader)), partial(data.draw_batch, settings, 0)
@@ -414,8 +414,8 @@ def measure_speed(args):
         "plain": partial(make_steps, start(replace(settings, precision="float32")), plain),
         "ours": partial(make_steps, start(settings), iter(ours, None)),
     }
-    for way, seconds in by_turns(parts, 3).items():
-        yield {"way": way, "images/s": f"{30 * settings.batch_size / seconds:.0f}"}
+    for way, seconds in by_turns(parts, 3, rest=3).items():
+        yield {"way": way, "images/s": f"{60 * settings.batch_size / seconds:.0f}"}
 
 
 # ---- The command line ----------------------------------------------------------------------------
