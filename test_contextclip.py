@@ -292,7 +292,8 @@ def test_splits_are_disjoint_and_validation_has_trained_words_alone(cards):
         trained = {word for i in data.train for word in cc.split_words(names[i])}
         new = {w for i in data.validation.get("combinations", []) for w in cc.split_words(names[i])}
         assert new <= trained and cc.build_vocabulary(trained).keys() <= data.vocabulary.keys()
-    assert len(data.train) == 300 and len(data.validation["combinations"]) > 5
+    sizes = [len(data.validation[split]) for split in ("combinations", "phonetic letters")]
+    assert len(data.train) == 300 and sizes[0] > 5 and sizes[1] == 40
 
 
 def test_a_card_shows_the_character_named(cards, monkeypatch):
@@ -599,10 +600,8 @@ def test_bad_input_is_one_line_and_exit_status_2(arguments, cards, tmp_path, mon
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "googlenet"])
 def test_encoders_of_torchvision_train_and_ask_for_weights_once(cards, tmp_path, monkeypatch, name):
-    def watch(_, model):
-        states.append(copy.deepcopy(model.image_encoder.state_dict()))
-
     asked, get, states = [], cc.models.get_model, []
+    watch = lambda _, m: states.append(copy.deepcopy(m.image_encoder.state_dict()))  # noqa: E731
     look = lambda n, weights: asked.append(weights) or get(n)  # noqa: E731
     monkeypatch.setattr(cc.models, "get_model", look)
     monkeypatch.setattr(cc.Cards, "validate", lambda *_: {})
@@ -823,9 +822,7 @@ def test_photos_train_resume_exactly_and_are_refused_when_changed(tmp_path, monk
 
 
 def test_images_of_every_kind_are_read_upright_and_in_colour(tmp_path):
-    def corner(image):
-        return cc.open_image(image).getpixel((0, 0))
-
+    corner = lambda image: cc.open_image(image).getpixel((0, 0))  # noqa: E731
     half, exif = Image.new("RGB", (60, 40), (200, 0, 0)), Image.Exif()
     half.paste((0, 0, 200), (30, 0, 60, 40))
     exif[274] = 6  # turned to the right by 90 degrees
@@ -1030,13 +1027,18 @@ def test_there_are_21_tasks_in_three_groups(all_cards):
 
 
 def test_tasks_draw_in_typefaces_of_their_own(all_cards, monkeypatch):
-    used, blank = [], lambda members: (torch.zeros(len(members), 1, 32, 32), None)
-    monkeypatch.setattr(cc, "draw_cards", lambda _, m, group: used.append(group) or blank(m))
+    def draw(cards, members, group):
+        there = cards.drawn[members, cc.FACE_SPLITS[group]].any(1)
+        used.append((group, bool(there.all())))
+        return torch.zeros(len(members), 1, 32, 32), None
+
+    used = []
+    monkeypatch.setattr(cc, "draw_cards", draw)
     for task in fs.card_tasks(all_cards) + fs.validation_tasks(all_cards):
         used.clear()
         task.draw(0, 1, 1)
         expected = {"unseen": "train", "validation": "validation"}.get(task.group, "test")
-        assert set(used) == {expected}
+        assert set(used) == {(expected, True)}
 
 
 def test_supports_are_nested_and_queries_the_same_for_all_shots(all_cards):
@@ -1066,8 +1068,7 @@ def test_sample_efficiency_by_hand():
 
 
 def test_draws_of_one_training_run_count_as_one():
-    values = enumerate([1, 3, 5, 7])
-    rows = [("clip", "a", "seen", "prototypes", 1, seed, value) for seed, value in values]
+    rows = [("clip", "a", "seen", "prototypes", 1, s, v) for s, v in enumerate([1, 3, 5, 7])]
     table = fs.tabulate(rows, per_run=2)
     assert table["clip", "prototypes", 1].tolist() == [[2, 6]]
     table = fs.tabulate(rows, per_run=4)
@@ -1115,8 +1116,7 @@ def run_fewshot(out, *arguments):
 
 
 def test_a_small_evaluation_from_end_to_end(trained, tmp_path, capsys):
-    for name in ("clip", "clixp"):
-        shutil.copy(trained / f"{name}.pt", tmp_path)
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     methods = ["--methods", "zero-shot", *fs.SIX, "GDA + text"]
     tasks = ["--tasks", "digits", "Hebrew", "--shots", "1", "2", "--seeds", "2", "--queries", "2"]
     tasks += methods
@@ -1165,18 +1165,17 @@ def test_own_images_are_nested_disjoint_and_captioned(pictures, tmp_path):
 
 
 def test_plates_are_laid_over_own_images_in_their_shades(pictures, tmp_path, all_cards):
-    images = torch.full((6, 1, 32, 32), 0.2)
-    images[:, :, 14:18, 10:20] = 0.9
+    images = torch.full((6, 1, 32, 32), 0.8)
+    images[:, :, 14:18, 10:20] = 0.1
     plated = fs.with_plates(images, all_cards)
-    changed = (plated != images).flatten(1).sum(1)
-    assert (changed > 20).all() and (changed <= 24 * 9).all()
-    assert plated.min() >= 0.2 - 1e-6 and plated.max() <= 0.9 + 1e-6
+    changed = ((plated - images).abs() > 0.3).flatten(1).sum(1)
+    assert (changed > 20).all() and (changed < 24 * 9 / 2).all()  # digits, on a plate of 0.8
+    assert plated.min() >= 0.1 - 1e-6 and plated.max() <= 0.8 + 1e-6
     assert torch.equal(plated[:, :, 13:19], images[:, :, 13:19])  # top or bottom, never the middle
 
 
 def test_own_images_on_the_command_line(trained, tmp_path, pictures, capsys, monkeypatch):
-    for name in ("clip", "clixp"):
-        shutil.copy(trained / f"{name}.pt", tmp_path)
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     small = [*"--shots 1 2 --queries 3 --seeds 2 --methods zero-shot".split(), *fs.SIX]
     again = shutil.copytree(pictures, tmp_path / pictures.name)  # of the same name, another set
     run_fewshot(tmp_path, "--data", str(pictures), str(again), *small)
@@ -1254,9 +1253,8 @@ def test_zero_shot_alone_is_evaluated(trained, tmp_path, capsys):
 def test_the_cnn_takes_images_of_every_size(size):
     model, seen, images = make_model(image_size=size), [], torch.rand(2, 1, size, size)
     model.image_encoder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    before = images.clone()
-    assert model.encode_image(images).shape == (2, 16) and torch.equal(images, before)
-    torch.testing.assert_close(seen[0], 4 * images - 2)
+    assert model.encode_image(images).shape == (2, 16)
+    torch.testing.assert_close(seen[0], 4 * images - 2)  # and the caller's are as they were
     wide = torch.rand(2, 1, 28, size)
     resized = torchvision.transforms.functional.resize(wide, [size, size])
     exact(model.encode_image(wide), model.encode_image(resized))
@@ -1290,8 +1288,10 @@ def test_spellings_lists_quotes_and_shards_are_not_silently_wrong(tmp_path):
     found, _, bad = cc.read_captions(tmp_path / "quotes.token")
     assert found == {"0.png": ['"a" dog', 'b"c']} and not bad
     (tmp_path / "shard.tar").write_bytes(b"\0" * 1024)
-    with pytest.raises(cc.UserError, match="unpack .tar and .parquet"):
-        cc.read_captions(tmp_path / "shard.tar")
+    (tmp_path / "empty").mkdir()
+    for source in ("shard.tar", "empty"):
+        with pytest.raises(cc.UserError, match="unpack .tar and .parquet"):
+            cc.read_captions(tmp_path / source)
 
 
 def test_a_checkpoint_of_another_version_is_called_that_whatever_it_lacks(tmp_path):
