@@ -1081,7 +1081,8 @@ def main(arguments=None):
         data = Photos(device, runs[0], args.skip_bad) if args.data else Cards(device, runs[0])
         results = [train(s, data, args.out, args.resume, init, args.compile) for s in runs]
     print_table(results)
-    print(f"next: python fewshot.py --out '{args.out}'")
+    more = " --data FOLDER" if args.data else ""
+    print(f"next: python fewshot.py --out '{args.out}'{more}")
     if PROCESSES > 1:
         dist.destroy_process_group()
 
