@@ -251,7 +251,8 @@ def use_bf16(precision, device):
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
 class ContextCLIP(nn.Module):
@@ -537,8 +538,9 @@ class Cards:
                 splits[split].append(i)
         train = splits.pop("train")
         train.sort(key=lambda i: (" with " in self.names[i], zlib.crc32(self.names[i].encode())))
-        self.train = torch.tensor(train[: settings.characters or None], device=device)
-        trained = [self.names[i] for i in self.train]
+        train = train[: settings.characters or None]
+        self.train = torch.tensor(train, device=device)
+        trained = [self.names[i] for i in train]
         self.vocabulary = build_vocabulary([*trained, *NUMERALS, "number"])
         splits["combinations"] = [i for i in splits["combinations"] if self.knows(i)]
         self.validation = {s: torch.tensor(m[:40]).to(device) for s, m in splits.items() if m}
@@ -810,7 +812,7 @@ def split_names(folder, names):
     for split in ("dev", "test", "train"):
         paths = [path for path in folder.glob(f"*{split}Images.txt") if visible(path.name)]
         if paths:
-            lines = "\n".join(path.read_text(**READ) for path in paths).splitlines()
+            lines = (line for path in paths for line in path.read_text(**READ).splitlines())
             lists[split] = set(map(standard, lines)) & set(names)
             if not lists[split]:
                 raise UserError(f"{paths[0]}: none of its lines is an image, for one {names[:1]}")
@@ -980,7 +982,7 @@ def load(path, device="cpu"):
 
 
 def lock(folder):
-    """Make a folder and keep other runs out of it as long as the file returned is open."""
+    """Make a folder and keep other runs out while the returned file is open. Raises UserError."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "a")
     with blame(f"--out {folder}: another run is writing there"):

@@ -16,6 +16,7 @@ import json
 import re
 import zlib
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torchvision import datasets
 from tqdm import tqdm
-from tqdm.contrib.concurrent import thread_map
 
 import contextclip as cc
 
@@ -269,7 +269,7 @@ def with_plates(images, cards):
     farthest from it."""
     torch.manual_seed(0)
     images = images.to(cards.device, copy=True)
-    flat = images.flatten(2)[..., None]
+    flat = images.flatten(2)[..., None]  # (N, 1, pixels, 1), so that shades are (N, 1, 1, 1)
     paper = flat.median(dim=2, keepdim=True).values
     pen = flat.gather(2, (flat - paper).abs().argmax(dim=2, keepdim=True))
     numbers = torch.randint(10, (len(images), 3), device=cards.device)
@@ -354,7 +354,8 @@ def in_threads(function, items):
     """[function(item), ...], a thread per core: small operators on several wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    results = thread_map(function, items, max_workers=threads, disable=True)
+    with ThreadPoolExecutor(threads) as pool:
+        results = list(pool.map(function, items))
     torch.set_num_threads(threads)
     return results
 
@@ -451,8 +452,10 @@ def report(table, tasks, shots):
     methods = [method for method in methods if method != "zero-shot"]
     groups = np.array([task.group for task in tasks if task.group not in NO_TEXT])
     for model in models:
-        means = {m: {f"{k}-shot": table[model, m, k].mean() for k in shots} for m in methods}
-        cc.print_table([{model: m} | means[m] for m in methods])
+        rows = []
+        for m in methods:
+            rows.append({model: m} | {f"{k}-shot": table[model, m, k].mean() for k in shots})
+        cc.print_table(rows)
         for group in dict.fromkeys(groups) if (model, "zero-shot", 0) in table else ():
             mean = table[model, "zero-shot", 0][groups == group].mean()
             print(f"{model}, zero-shot, {group}: {mean:.1f}")

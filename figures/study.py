@@ -40,13 +40,16 @@ DEFAULT = cc.Settings("clixp")
 OBJECTIVES = {"base": "clip", "context": "clixp"}
 SHOTS = {"zero-shot": 0, "1-shot": 1, "4-shot": 4, "16-shot": 16}
 COLORS = ["#D55E00", "#0072B2", "#009E73", "#555555"]
-BILINEAR = transforms.InterpolationMode.BILINEAR
 
 
 def read_rows(path):
     """The rows of a CSV file, each {column: text}."""
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def show_table(rows, path):
+    cc.print_table(rows)
 
 
 def write_rows(path, rows):
@@ -217,9 +220,8 @@ def show_frontier(rows, path):
         paths.append((None, *accuracies, None, "o", COLORS[i]))
     cc.print_table(lines)
     draw_panels({("zero-shot, %", "16-shot, %"): paths}, path)
-    before = read_rows(path.with_name("minutes_before.csv"))  # measured once: see README.md
     minutes = {("seconds of training", f"{name}, %"): [] for name in ("zero-shot", "16-shot")}
-    ways = {"": rows, ", encoders before": before}
+    ways = {"": rows, ", encoders before": read_rows(path.with_name("minutes_before.csv"))}
     for (label, found), (i, model) in product(ways.items(), enumerate(OBJECTIVES)):
         seconds, *points = curves(found, ["seconds", "zero-shot", "16-shot"], model)
         for panel, values in zip(minutes.values(), points, strict=True):
@@ -317,8 +319,7 @@ def draw_real(args, path):
 
 # ---- Time and memory -----------------------------------------------------------------------------
 def by_turns(parts, rounds, rest=0):
-    """{name: median seconds} of functions called by turns, for machines drift, once to warm up;
-    before each `rest` seconds, for what another leaves running to end."""
+    """{name: median seconds} of functions called by turns, `rest` apart, once before to warm up."""
     found = {name: [] for name in parts}
     for _, (name, part) in product(range(rounds + 1), parts.items()):
         time.sleep(rest)
@@ -361,7 +362,7 @@ def draw_plainly(cards, character):
     """A training card (1, 32, 32) by Pillow, as `draw_cards` draws it; nothing is bent."""
     face = torch.multinomial(cards.drawn[character, cc.FACE_SPLITS["train"]].float(), 1)
     image = Image.fromarray(cards.glyphs[character, face][0].numpy())
-    image = transforms.RandomAffine(9, (0.16, 0.16), (0.8, 1.6), 11, BILINEAR)(image)
+    image = transforms.RandomAffine(9, (0.16, 0.16), (0.8, 1.6), 11, Image.BILINEAR)(image)
     left, top = int(torch.randint(9, ())), int(torch.randint(4, ()) + 20 * torch.randint(2, ()))
     for place, digit in enumerate(torch.randint(10, (3,))):
         image.paste(Image.fromarray(cards.digits[digit, face][0].numpy()), (left + 8 * place, top))
@@ -424,7 +425,7 @@ STUDIES = {study: (partial(measure_sweep, study), show_sweep) for study in SWEEP
 STUDIES["frontier"] = (partial(measure_history, TAUS), show_frontier)
 STUDIES["emergence"] = (partial(measure_history, [str(DEFAULT.tau)]), show_emergence)
 TABLES = {"variance": measure_variance, "profile": measure_profile, "speed": measure_speed}
-STUDIES |= {study: (measure, None) for study, measure in TABLES.items()}
+STUDIES |= {study: (measure, show_table) for study, measure in TABLES.items()}
 
 
 @cc.errors_in_one_line("study")
@@ -442,8 +443,7 @@ def main(arguments=None):
     measure, show = STUDIES[args.study]
     if not args.draw:
         write_rows(path.with_suffix(".csv"), list(measure(args)))
-    rows = read_rows(path.with_suffix(".csv"))
-    show(rows, path) if show else cc.print_table(rows)
+    show(read_rows(path.with_suffix(".csv")), path)
 
 
 if __name__ == "__main__":
