@@ -19,7 +19,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib import ft2font, get_data_path
@@ -30,8 +29,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision import datasets, models, transforms
 from tqdm import tqdm
 
-RANK, WORLD_SIZE = (int(os.environ.get(name, i)) for i, name in enumerate(("RANK", "WORLD_SIZE")))
-OBJECTIVES = ["clip", "siglip", "clixp", "siglixp"]
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+OBJECTIVES = "clip siglip clixp siglixp".split()
 
 
 class UserError(Exception):
@@ -40,7 +39,7 @@ class UserError(Exception):
 
 @dataclass
 class Settings:
-    """What determines a run, --init and the number of processes aside. Each is a flag:
+    """What determines a run, with the number of processes. Each is a flag of the command line:
 
     objective: clip, siglip; with context clixp, siglixp; several: clip,clixp
     data: cards, or images and captions of your own, a folder or a table
@@ -54,8 +53,7 @@ class Settings:
     weight_decay: of matrices; temperatures, biases and gains have none
     width: d, of the embeddings and of the encoders
     alpha: weight of the plain loss; the context loss has 1 - alpha
-    tau: start of tau_1 and tau_2, which multiply cosines; 0: 5, of siglip 10
-    tau_max: cap of tau_1 and tau_2
+    tau_max: cap of tau_1 and tau_2, which multiply cosines
     tau_ctx: start of tau_ctx: cosines are divided by tau_ctx sqrt(d)
     number_share: share of the cards whose caption names their number
     float32: no bf16 in the image encoder, where the hardware has it
@@ -64,6 +62,8 @@ class Settings:
     shared_temperature: ablation: tau_1 and b_1 serve the context loss too
     detach_values: ablation: no gradient into the values V
     normalize_values: ablation: values V are normalised
+    init: post-training: start from the weights of this checkpoint
+    compile: torch.compile the image encoder
     """
 
     objective: str = "clip"
@@ -78,7 +78,6 @@ class Settings:
     weight_decay: float = 0.1
     width: int = 64
     alpha: float = 0.9
-    tau: float = 0.0
     tau_max: float = 100.0
     tau_ctx: float = 1 / 32
     number_share: float = 1.0
@@ -88,6 +87,8 @@ class Settings:
     shared_temperature: bool = False
     detach_values: bool = False
     normalize_values: bool = False
+    init: str = ""
+    compile: bool = False
 
     @property
     def is_sigmoid(self):
@@ -108,8 +109,6 @@ class Settings:
             raise UserError("--data is empty: cards, or a folder or table of yours")
         if min(self.steps, self.batch_size - 1, self.width - 1, self.image_size // 8) < 1:
             raise UserError("at least --steps 1, --batch-size 2, --width 2, --image-size 8")
-        if not (self.tau_max >= 1 and self.lr >= 0 and self.chunk >= 0):
-            raise UserError("at least --tau-max 1, --lr 0, --chunk 0")
 
 
 # ---- 1. Contrastive losses -----------------------------------------------------------------------
@@ -174,7 +173,7 @@ def lixp_loss(v, u, scalars, settings):
 def in_blocks(chunk, function, i, *inputs):
     """function(i, *inputs), a result for each row i. With `chunk` the rows are cut into blocks, of
     which each is computed again in the backward pass: no B x B matrix is kept."""
-    if not chunk:
+    if chunk < 1:
         return function(i, *inputs)
     blocks = [checkpoint(function, rows, *inputs, use_reentrant=False) for rows in i.split(chunk)]
     return torch.cat(blocks)
@@ -222,8 +221,7 @@ def torchvision_encoder(settings):
     try:
         classifier = models.get_model(name, weights="DEFAULT" if settings.pretrained else None)
         encoder = nn.Sequential(classifier, nn.Linear(1000, settings.width))
-        with torch.no_grad():
-            encoder(torch.zeros(2, 3, S, S))
+        encoder(torch.zeros(2, 3, S, S))
     except Exception as error:
         raise UserError(f"--encoder {name}, --image-size {S}: {error}") from error
     return encoder
@@ -255,14 +253,13 @@ class ContextCLIP(nn.Module):
     def __init__(self, settings, vocabulary):
         super().__init__()
         self.settings, self.vocabulary = settings, vocabulary
-        d = settings.width
         self.channels = 1 if settings.encoder == "cnn" and settings.is_cards else 3
         if settings.encoder == "cnn":
-            self.image_encoder = cnn(self.channels, settings.image_size, d)
+            self.image_encoder = cnn(self.channels, settings.image_size, settings.width)
         else:
             self.image_encoder = torchvision_encoder(settings)
-        self.encode_text = TextEncoder(len(vocabulary), d)
-        tau = min(settings.tau or (10.0 if settings.is_sigmoid else 5.0), settings.tau_max)
+        self.encode_text = TextEncoder(len(vocabulary), settings.width)
+        tau = min(10.0 if settings.is_sigmoid else 5.0, settings.tau_max)
         self.log_tau = nn.Parameter(torch.tensor([tau, tau, settings.tau_ctx]).log())
         self.b = nn.Parameter(torch.tensor([-10.0, -10.0]))
 
@@ -275,8 +272,8 @@ class ContextCLIP(nn.Module):
         """images (B, 1 or 3, S, S) in about [0, 1], of another size resized; the cnn of cards takes
         one channel -> v (B, d) float32, not normalised, like encode_text(tokens (B, L)) -> u."""
         images = transforms.functional.resize(images, [self.settings.image_size] * 2)
-        images = images.expand(-1, self.channels, -1, -1).clone(memory_format=torch.channels_last)
-        images.mul_(4).sub_(2)  # mean 0, deviation about 1
+        images = 4 * images.expand(-1, self.channels, -1, -1) - 2  # mean 0, deviation about 1
+        images = images.contiguous(memory_format=torch.channels_last)
         bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)  # in hardware
         if images.is_cuda:
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -291,12 +288,12 @@ class ContextCLIP(nn.Module):
 
 MAX_WORDS = 32  # of a caption; more are cut off
 WORD = r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[\w-]+"  # Thai, Lao, Chinese, Japanese: a letter
-NUMERALS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+NUMERALS = "zero one two three four five six seven eight nine".split()
 
 
 def spell(number):
     """How a caption names the number of a card, from 0 to 999: "number four seven one"."""
-    return " ".join(["number", *(NUMERALS[int(digit)] for digit in f"{number:03}")])
+    return "number " + " ".join(NUMERALS[int(digit)] for digit in f"{number:03}")
 
 
 def split_words(caption):
@@ -341,18 +338,20 @@ EVERY = 200  # steps from one validation, line of the log and checkpoint to the 
 LOGGED = "loss plain_loss context_loss tau_1 tau_2 tau_ctx b_1 b_2".split()
 
 
-def train(settings, data, out, init=None, compile_encoder=False):
-    """Train a model on Cards or Photos, from the weights of the model `init` if one is given, into
-    out/<objective>.pt and .csv; a run that is there goes on. Raises UserError, OSError."""
+def train(settings, data, out):
+    """Train a model on Cards or Photos, into out/<objective>.pt and .csv; a run that is there goes
+    on. Raises UserError, OSError."""
     path, steps = out / f"{settings.objective}.pt", settings.steps
-    model, optimizer, log = start(settings, data, path, init)
-    if compile_encoder:
+    model, optimizer, log = start(settings, data, path)
+    if settings.compile:
         model.image_encoder.compile()
     forward = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     done, begin, recent = log[-1]["step"], time.perf_counter() - log[-1]["seconds"], []
 
-    no_bar = RANK > 0 or None  # None: where there is no terminal
-    for step in tqdm(range(done + 1, steps + 1), initial=done, total=steps, disable=no_bar):
+    # None: no bar where there is no terminal
+    for step in tqdm(
+        range(done + 1, steps + 1), initial=done, total=steps, disable=RANK > 0 or None
+    ):
         # all that is random in a step: a resumed run is the same, objectives see the same batches
         torch.manual_seed(hash((settings.seed, step, RANK)))
         images, tokens = data.draw_batch(settings)
@@ -374,8 +373,8 @@ def train(settings, data, out, init=None, compile_encoder=False):
 def validate_and_save(row, losses, model, optimizer, data, log, path):
     """What happens every 200 steps: validate, print a line, append it to the log, save. losses
     (3,): the mean since the last time. Raises UserError if they or the weights are not finite."""
-    norm = nn.utils.get_total_norm(model.parameters())
-    values = torch.cat((losses, model.scalars(), norm[None])).tolist()
+    norm = nn.utils.get_total_norm(model.parameters())[None]
+    values = torch.cat((losses, model.scalars(), norm)).tolist()
     if not math.isfinite(sum(values)):
         raise UserError(f"not finite at step {row['step']}, {path} is as it was; a lower --lr?")
     if RANK == 0:
@@ -383,11 +382,9 @@ def validate_and_save(row, losses, model, optimizer, data, log, path):
         model.train()
         log.append(row | dict(zip(LOGGED, values, strict=False)) | found)
         save(path, model, optimizer, log)
-        write_csv(path.with_suffix(".csv"), [log[1].keys(), *(row.values() for row in log[1:])])
-        speed = model.settings.batch_size * row["step"] / row["seconds"]
-        percents = "".join(f"  {name} {found[name]:.1f}" for name in found)
-        line = f"{path.stem}  step {row['step']}  loss {values[0]:.3f}{percents}"
-        tqdm.write(f"{line}  ({speed:,.0f} images/s)")
+        write_csv(path.with_suffix(".csv"), log[1:])
+        line = f"{path.stem}  step {row['step']}  {row['seconds']:.0f} s  loss {values[0]:.3f}"
+        tqdm.write("  ".join([line, *(f"{name} {found[name]:.1f}" for name in found)]))
 
 
 def learning_rate(step, settings):
@@ -397,27 +394,31 @@ def learning_rate(step, settings):
     return settings.lr * min(warmup, cosine)
 
 
-def start(settings, data, path, init):
-    """A model, its optimiser and its log: new, of the weights of `init`, or as saved at `path`.
-    Raises UserError."""
+def start(settings, data, path):
+    """A model, its optimiser and its log: new, or as saved at `path`. Raises UserError, OSError."""
     torch.manual_seed(hash((settings.seed, 0)))
     model = ContextCLIP(settings, data.vocabulary)
-    if init:
-        start_from(init, model)
+    if settings.init:
+        start_from(load(settings.init), model)
     model.to(data.device, memory_format=torch.channels_last)
-    matrices = {"params": [p for p in model.parameters() if p.ndim >= 2]}
-    others = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}
-    decay, log = settings.weight_decay, [{"step": 0, "seconds": 0.0}]
-    groups = [matrices, others]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=decay, fused=True)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    log = [{"step": 0, "seconds": 0.0}]
 
     chance = math.log(settings.batch_size) + settings.is_sigmoid  # about, where all cosines are 0
     print(f"{path.stem}: {data.device}, {data.about}; loss at chance {chance:.2f}")
     if path.exists():
         saved = read_checkpoint(path)
-        log, made = saved["log"], replace(saved["settings"], data=settings.data)
-        if made != settings or saved["vocabulary"] != data.vocabulary:
-            raise UserError(f"--resume: {path} was made from other captions, or with {made}")
+        made = {n: v for n, v in asdict(saved["settings"]).items() if v != getattr(settings, n)}
+        if made or saved["vocabulary"] != data.vocabulary:
+            raise UserError(f"--resume: {path} was made with {made or 'other captions'}")
+        log = saved["log"]
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
     elif RANK == 0:
@@ -428,19 +429,23 @@ def start(settings, data, path, init):
 def start_from(base, model):
     """Post-training: the weights of another model. One without context has learned neither tau_2
     nor b_2: they start as tau_1, b_1. Raises UserError if the models differ."""
-    shapes = [[p.shape for p in m.parameters()] for m in (base, model)]
-    if base.vocabulary != model.vocabulary or shapes[0] != shapes[1]:
+    if base.vocabulary != model.vocabulary or str(base) != str(model):
         raise UserError("--init: that model has other words, or another encoder, width, image size")
     model.load_state_dict(base.state_dict())
     if not base.settings.has_context:
-        model.log_tau.data[1] = model.log_tau.data[0]
-        model.b.data[1] = model.b.data[0]
+        for learned in (model.log_tau, model.b):
+            learned.data[1] = learned.data[0]
 
 
 def save(path, model, optimizer, log):
     """Write a checkpoint, by way of another file: `path` is always whole. Raises OSError."""
-    content = {"settings": asdict(model.settings), "vocabulary": model.vocabulary, "log": log}
-    content |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    content = {
+        "settings": asdict(model.settings),
+        "vocabulary": model.vocabulary,
+        "log": log,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
     buffer, temporary = io.BytesIO(), path.with_suffix(".tmp")
     torch.save(content, buffer)
     try:
@@ -451,8 +456,11 @@ def save(path, model, optimizer, log):
 
 
 def write_csv(path, rows):
+    """Write dictionaries of the same keys. Raises OSError."""
     with open(path, "w", newline="") as file:
-        csv.writer(file).writerows(rows)
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_checkpoint(path):
@@ -461,14 +469,13 @@ def read_checkpoint(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         return content | {"settings": Settings(**content["settings"])}
     except Exception as error:
-        reason = f"cannot be read, or is of another version ({type(error).__name__})"
-        raise UserError(f"{path} {reason}") from error
+        raise UserError(f"{path}: no checkpoint of this version ({error!r:.60})") from error
 
 
 def load(path, device="cpu"):
     """A trained model for use, with its `vocabulary` for `tokenize`. Raises UserError."""
     saved = read_checkpoint(path)
-    settings = replace(saved["settings"], pretrained=False)  # its weights are here
+    settings = replace(saved["settings"], pretrained=False)  # no download
     model = ContextCLIP(settings, saved["vocabulary"])
     model.load_state_dict(saved["model"])
     step = saved["log"][-1]["step"]
@@ -504,10 +511,10 @@ def split_of(character):
 
 
 def render(text, font, height, width, baseline):
-    """A bitmap (height, width) uint8 of a text that stands on the row `baseline`."""
+    """A bitmap (1, height, width) uint8 of a text that stands on the row `baseline`."""
     canvas = Image.new("L", (width, height))
     ImageDraw.Draw(canvas).text((width // 2, baseline), text, 255, font, anchor="ms")
-    return np.array(canvas)
+    return transforms.functional.pil_to_tensor(canvas)
 
 
 def draw_typefaces():
@@ -515,22 +522,24 @@ def draw_typefaces():
     uint8 of them, glyphs (N, 16, 32, 32), and of number plates, (1000, 16, 9, 24)."""
     paths = [f"{get_data_path()}/fonts/ttf/{name}.ttf" for name in FACES]
     charmaps = [ft2font.FT2Font(path).get_charmap() for path in paths]
-    counts = Counter(chr(code) for charmap in charmaps for code in charmap)
-    common = (c for c in counts if counts[c] >= 4)
-    characters = sorted(c for c in common if unicodedata.category(c)[0] not in "CMZ")
-
-    basic = ImageFont.Layout.BASIC  # the same with libraqm and without
-    glyphs = np.zeros((len(characters), len(FACES), SIZE, SIZE), np.uint8)
-    plates = np.zeros((1000, len(FACES), 9, 24), np.uint8)
+    characters = sorted(
+        c
+        for c in map(chr, charmaps[0])
+        if sum(ord(c) in charmap for charmap in charmaps) >= 4
+        and unicodedata.category(c)[0] not in "CMZ"
+    )
+    glyphs = torch.zeros(len(characters), len(FACES), SIZE, SIZE, dtype=torch.uint8)
+    plates = torch.zeros(1000, len(FACES), 9, 24, dtype=torch.uint8)
     for face, path in enumerate(paths):
-        font = ImageFont.truetype(path, 22, layout_engine=basic)
+        # laid out the same with libraqm and without
+        font = ImageFont.truetype(path, 22, layout_engine=ImageFont.Layout.BASIC)
         for i, character in enumerate(characters):
             if ord(character) in charmaps[face]:
                 glyphs[i, face] = render(character, font, SIZE, SIZE, 23)
         small = font.font_variant(size=12)
         for number in range(1000):
             plates[number, face] = render(f"{number:03}", small, 9, 24, 9)
-    return characters, torch.from_numpy(glyphs), torch.from_numpy(plates)
+    return characters, glyphs, plates
 
 
 class Cards:
@@ -544,10 +553,10 @@ class Cards:
         self.glyphs, self.plates = glyphs.to(device), plates.to(device)
         self.has_glyph = self.glyphs.amax((2, 3)) > 64  # some typefaces have it, and draw nothing
         self.names = [unicodedata.name(c).lower() for c in self.characters]
-        self.splits = [split_of(character) for character in self.characters]
+        self.splits = [*map(split_of, self.characters)]
 
-        train, rows = self.rows_of("train"), self.rows_of("validation")
-        names, numbers = [self.names[i] for i in train], [spell(number) for number in range(1000)]
+        train, rows = self.rows_of("train", "train"), self.rows_of("validation", "validation")
+        names, numbers = [self.names[i] for i in train], [*map(spell, range(1000))]
         self.vocabulary = build_vocabulary(names + numbers)
         self.about = f"{len(train)} characters, {len(self.vocabulary)} words"
         self.train = torch.tensor(train, device=device)
@@ -558,9 +567,9 @@ class Cards:
         others = [i for i in rows if i not in combinations]
         self.validation = [combinations, others[:120]]
 
-    def rows_of(self, split):
-        """The characters of "train" or "validation" that its typefaces can draw."""
-        drawn = self.has_glyph[:, FACE_SPLITS[split]].any(1).tolist()
+    def rows_of(self, split, faces):
+        """The characters of a split that typefaces of another, or of the same, can draw."""
+        drawn = self.has_glyph[:, FACE_SPLITS[faces]].any(1).tolist()
         return [i for i, found in enumerate(self.splits) if found == split and drawn[i]]
 
     def knows(self, character):
@@ -572,7 +581,7 @@ class Cards:
         (n, L), of "latin small letter a number four seven one" for example. No number comes twice;
         where a batch has more than 1,000 cards, each number has its share of them."""
         numbers = draw_different(1000, settings, self.device)
-        chosen = torch.randint(len(self.train), numbers.shape, device=self.device)
+        chosen = integers(numbers, 0, len(self.train))
         images = draw_cards(self, self.train[chosen], numbers, "train")
 
         tokens = self.tokens[chosen]
@@ -581,21 +590,27 @@ class Cards:
         return images, tokens.scatter(1, end, self.number_tokens[numbers] * named)
 
     @torch.no_grad()
-    def validate(self, model, images=16):
+    def validate(self, model):
         """Percent right of 16 cards of each validation character, in typefaces that neither train
         nor test: by the nearest class mean of k others, and of combinations, zero-shot."""
         torch.manual_seed(0)
-        rows = torch.tensor(sum(self.validation, []), device=self.device).repeat(2 * images)
-        numbers = torch.randint(1000, rows.shape, device=self.device)
+        rows = torch.tensor(sum(self.validation, []), device=self.device).repeat(32)
+        numbers = integers(rows, 0, 1000)
         x = embed_images(model, draw_cards(self, rows, numbers, "validation"))
-        query, support = x.view(2, images, -1, x.shape[1])  # each (images, C, d)
-        classes = {f"{k}-shot": F.normalize(support[:k].mean(0)) for k in (1, 4, 16)}
-        T = embed_classes(model, [[self.names[i]] for i in self.validation[0]])
-        found = {}
-        for name, P in ({"zero-shot": T} | classes).items():  # T: of the first rows
-            right = (query[:, : len(P)] @ P.T).argmax(2) == torch.arange(len(P), device=P.device)
-            found[name] = 100 * right.float().mean().item()
-        return found
+        query, support = x.view(2, 16, -1, x.shape[1])  # (16, C, d)
+        means = {f"{k}-shot": F.normalize(support[:k].mean(0)) for k in (1, 4, 16)}
+        T = embed_classes(model, [[self.names[i]] for i in self.validation[0]])  # the first rows
+        classes = {"zero-shot": T} | means
+        return {
+            name: percent_right(query[:, : len(P)].flatten(0, 1) @ P.T)
+            for name, P in classes.items()
+        }
+
+
+def percent_right(scores):
+    """scores (n, C), row r of class r % C -> the share of rows where that is the highest."""
+    right = scores.argmax(1) == torch.arange(len(scores), device=scores.device) % scores.shape[1]
+    return 100 * right.float().mean().item()
 
 
 def draw_different(n, settings, device):
@@ -619,9 +634,10 @@ def draw_cards(cards, characters, numbers, split):
     """One card each: a character under a plate with a number, both in random typefaces of the
     split, in random shades, with noise. characters, rows of `cards`, and numbers from 0 to 999 (n,)
     -> images (n, 1, 32, 32) float32 in about [0, 1]."""
-    has_glyph = cards.has_glyph[characters, FACE_SPLITS[split]]
-    face = torch.rand(has_glyph.shape, device=has_glyph.device).mul(has_glyph).argmax(1)
-    glyphs = cards.glyphs[characters, face + FACE_SPLITS[split].start][:, None] / 255
+    faces = FACE_SPLITS[split]
+    has_glyph = cards.has_glyph[characters, faces].float()
+    face = (torch.rand_like(has_glyph) * has_glyph).argmax(1) + faces.start
+    glyphs = cards.glyphs[characters, face][:, None] / 255
     background, ink = uniform(glyphs, 0, 0.3), uniform(glyphs, 0.6, 1)
     images = torch.lerp(background[:, None], ink[:, None], warp(glyphs))
     lay_plates(images, cards, numbers, split, background, ink)
@@ -660,15 +676,14 @@ def lay_plates(images, cards, numbers, split, background, ink):
     left = integers(images, 0, 9)
     windows = images.unfold(2, 9, 1).unfold(3, 24, 1)  # (n, 1, 24, 9, 9, 24), a view
     plates = torch.lerp(background, ink, cards.plates[numbers, face] / 255)
-    windows[torch.arange(len(images)), 0, top, left] = plates
+    windows[torch.arange(len(top), device=top.device), 0, top, left] = plates
 
 
 # ---- 6. Captions and images of your own ----------------------------------------------------------
 COLUMNS = [  # names of the image's and of the caption's; the first that is there counts
-    ["image", "image_name", "file_name", "filename", "filepath", "path"],
-    ["caption", "comment", "text", "title", "sentence"],
+    "image image_name file_name filename filepath path".split(),
+    "caption comment text title sentence".split(),
 ]
-MAX_CAPTIONS = 16  # of an image; more are left out
 
 
 def read_table(path):
@@ -686,7 +701,7 @@ def read_table(path):
     line = reader.line_num + 1
     folders = [path.parent, *sorted(path.parent.glob("*/"))]
     for row in reader:
-        if reader.line_num > line and "".join(lines[line - 1 :]).count('"') % 2:
+        if reader.line_num > line and "".join(lines[line - 1 : reader.line_num]).count('"') % 2:
             raise UserError(f"{path}, line {line}: a quote opens there and is never closed")
         fits = None not in row and None not in row.values()
         places = [folder / f"{row[image[0]]}".strip() for folder in folders]
@@ -708,34 +723,28 @@ def read_captions(source):
     Raises UserError, OSError."""
     tables = [source]
     if source.is_dir():
-        kinds = ("captions.txt", "[!.]*.csv", "[!.]*.tsv")
-        tables = [path for kind in kinds for path in source.glob(kind)]
-    if len(tables) > 1:
-        raise UserError(f"--data {source}: which of {', '.join(path.name for path in tables)}?")
-    pairs = [*(read_table(tables[0]) if tables else read_pairs(source))]
+        tables = [*source.glob("[!.]*.[ct]sv"), *source.glob("captions.txt")]
+    pairs = [*(read_table(*tables) if len(tables) == 1 else read_pairs(source))]
     if not any(caption for _, caption in pairs):
-        wanted = "no captions in a table (captions.txt, a .csv, a .tsv), no .txt beside an image"
-        raise UserError(f"--data {source}: there are {wanted}")
+        raise UserError(
+            f"--data {source}: it takes one table (captions.txt, a .csv, a .tsv), there are "
+            f"{len(tables)}, or pairs of an image and a .txt, there are none"
+        )
     return pairs
 
 
-def open_image(source):
-    """A path or PIL image -> PIL image, RGB, turned as its EXIF says, transparency laid on white.
-    Pillow raises in many ways; ValueError is raised for 16-bit and float images."""
-    image = source if isinstance(source, Image.Image) else Image.open(source)
-    image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":
-        raise ValueError("16-bit and float images are not read")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-
-
 def preprocess(settings):
-    """Returns what turns a PIL image or a path into an image for a model of these settings: its
-    square middle, (1, S, S) grey or, of photographs, (3, S, S), float32 in [0, 1]."""
+    """Returns a function that turns a PIL image into one for a model of these settings: its middle,
+    (1, S, S) grey or, of photographs, (3, S, S), float32 in [0, 1], turned as its EXIF says,
+    transparency laid on white. It raises in many ways, as Pillow does."""
 
-    def read(source):
-        image = open_image(source).convert("L" if settings.is_cards else "RGB")
+    def read(image):
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":
+            raise ValueError("16-bit and float images are not read")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = image.convert("L" if settings.is_cards else "RGB")
         image = ImageOps.fit(image, [settings.image_size] * 2, Image.Resampling.BILINEAR)
         return transforms.functional.to_tensor(image)
 
@@ -755,9 +764,9 @@ class Photos:
                 if not split_words(caption) or "\ufffd" in caption:
                     raise ValueError("no caption in UTF-8, or cells that do not fit the header")
                 if path not in images:
-                    images[path] = (255 * fit(path)).round().byte()
-                if len(captions.setdefault(path, [])) == MAX_CAPTIONS:
-                    raise ValueError(f"{MAX_CAPTIONS} captions of an image are used, it has more")
+                    images[path] = (255 * fit(Image.open(path))).round().byte()
+                if len(captions.setdefault(path, [])) == 16:
+                    raise ValueError("16 captions of an image are kept, it has more")
                 captions[path].append(caption)
             except Exception as error:
                 bad.append(f"{path}: {error}")
@@ -767,20 +776,18 @@ class Photos:
         paths = sorted(
             images, key=lambda path: zlib.crc32(os.fsencode(os.path.relpath(path, source)))
         )
-        self.n = len(paths) * 9 // 10  # the others validate
+        self.n = max(len(paths) * 9 // 10, len(paths) - 1000)  # the others validate
         if self.n < settings.batch_size:
             raise UserError(f"--data {source}: {self.n} images to train on are less than a batch")
         self.images = torch.stack([images[path] for path in paths]).to(device)
-        self.read_tokens([captions[path] for path in paths])
-
-    def read_tokens(self, captions):
-        """Vocabulary and tokens of the captions, a list for each image."""
-        counts = [len(texts) for texts in captions]
-        texts = [text for texts in captions for text in texts]
+        texts = [text for path in paths for text in captions[path]]
+        counts = [len(captions[path]) for path in paths]
+        self.counts = torch.tensor(counts, device=device)
         self.vocabulary = build_vocabulary(texts[: sum(counts[: self.n])], min_count=5)
-        tokens = tokenize(texts, self.vocabulary)  # rarer words are unknown
+        tokens = tokenize(texts, self.vocabulary)
         padded = nn.utils.rnn.pad_sequence(tokens.split(counts), batch_first=True)
-        self.tokens, self.counts = padded.to(self.device), torch.tensor(counts, device=self.device)
+        self.tokens = padded.to(device)
+
         unknown = (tokens[tokens > 0] == 1).float().mean().item()
         long = sum(len(split_words(text)) > MAX_WORDS for text in texts)
         self.about = f"{self.n:,} images, {len(self.vocabulary):,} words, {unknown:.0%} unknown"
@@ -794,15 +801,16 @@ class Photos:
         images = self.images[chosen] / 255
         caption = (uniform(images, 0, 1).flatten() * self.counts[chosen]).long()
         side, mirror = uniform(images, 0.5, 1).sqrt(), uniform(images, -1, 1).sign()
-        right, down = uniform(images, -1, 1) * (1 - side), uniform(images, -1, 1) * (1 - side)
+        right = (1 - side) * uniform(images, -1, 1)
+        down = (1 - side) * uniform(images, -1, 1)
         images = resample(images, side * mirror, 0, right, 0, side, down)
         return images, self.tokens[chosen, caption]
 
     @torch.no_grad()
-    def validate(self, model, most=1000):
-        """Recall in percent on held-out images, 1,000 at most: of how many captions one of the k
-        nearest images is right, its own or one that has the same caption."""
-        images, tokens = self.images[self.n :][:most], self.tokens[self.n :][:most]
+    def validate(self, model):
+        """Recall in percent on held-out images: of how many captions one of the k nearest images
+        is right, its own or one that has the same caption."""
+        images, tokens = self.images[self.n :], self.tokens[self.n :]
         owner, place = (tokens[:, :, 0] != 0).nonzero(as_tuple=True)  # (M,), of M captions
         captions, text = tokens[owner, place].unique(dim=0, return_inverse=True)
         t, x = F.normalize(model.encode_text(captions)), embed_images(model, images / 255)
@@ -814,7 +822,7 @@ class Photos:
 
 
 # ---- 7. The command line -------------------------------------------------------------------------
-def choose_device(cpu=False):
+def choose_device(cpu):
     """The accelerator if there is one, for each process its own, or else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if cpu or not accelerator:
@@ -845,14 +853,14 @@ def run(args):
         raise UserError(f"--batch-size {args.batch_size}: not a multiple of {WORLD_SIZE} processes")
     device = choose_device(args.cpu)
     if WORLD_SIZE > 1:  # the batch is divided between them
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
+        dist.init_process_group()
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
 
     args.out.mkdir(parents=True, exist_ok=True)
-    init = load(args.init) if args.init else None
     data = Cards(device, runs[0]) if runs[0].is_cards else Photos(device, runs[0])
     for settings in runs:
-        train(settings, data, args.out, init, args.compile)
+        train(settings, data, args.out)
     print("next: python fewshot.py, with the same --out")
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
@@ -865,14 +873,12 @@ def main(arguments=None):
         kind = {"type": type(default), "metavar": "X"}
         if default is False:
             kind = {"action": "store_true"}
-        text = f"{helps[name]} (%(default)s)"
-        add(f"--{name.replace('_', '-')}", default=default, help=text, **kind)
+        kind |= {"default": default, "help": f"{helps[name]} ({default})"}
+        add(f"--{name.replace('_', '-')}", **kind)
     parser.set_defaults(objective="clip,clixp")
     add("--cpu", action="store_true", help="use no accelerator")
     add("--out", type=Path, default=Path("runs"), help="folder of results (runs)")
-    add("--init", metavar="X", help="post-training: start from this checkpoint")
     add("--resume", action="store_true", help="go on where this was interrupted")
-    add("--compile", action="store_true", help="torch.compile the image encoder")
     report_errors(parser, run, arguments)
 
 
