@@ -348,10 +348,8 @@ def train(settings, data, out):
     forward = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     done, begin, recent = log[-1]["step"], time.perf_counter() - log[-1]["seconds"], []
 
-    # None: no bar where there is no terminal
-    for step in tqdm(
-        range(done + 1, steps + 1), initial=done, total=steps, disable=RANK > 0 or None
-    ):
+    remaining = range(done + 1, steps + 1)  # below, None: a bar only in a terminal
+    for step in tqdm(remaining, initial=done, total=steps, disable=RANK > 0 or None):
         # all that is random in a step: a resumed run is the same, objectives see the same batches
         torch.manual_seed(hash((settings.seed, step, RANK)))
         images, tokens = data.draw_batch(settings)
@@ -692,21 +690,22 @@ def read_table(path):
     row does not fit the header. Raises UserError, OSError."""
     csv.field_size_limit(2**31 - 1)
     lines = io.StringIO(path.read_text("utf-8-sig", "replace")).readlines() or [""]
-    reader = csv.DictReader(lines, delimiter=max(",\t;|", key=lines[0].count))
-    reader.fieldnames = header = [name.strip().lower() for name in reader.fieldnames or []]
-    image, caption = ([n for n in names if n in header] for names in COLUMNS)
+    reader = csv.reader(lines, delimiter=max(",\t;|", key=lines[0].count))
+    header = [name.strip().lower() for name in next(reader)]
+    image, caption = ([header.index(n) for n in names if n in header] for names in COLUMNS)
     if not image or not caption:
         raise UserError(f"{path}: its first line does not name an image and a caption, {COLUMNS}")
 
-    line = reader.line_num + 1
     folders = [path.parent, *sorted(path.parent.glob("*/"))]
+    line = reader.line_num
     for row in reader:
-        if reader.line_num > line and "".join(lines[line - 1 : reader.line_num]).count('"') % 2:
-            raise UserError(f"{path}, line {line}: a quote opens there and is never closed")
-        fits = None not in row and None not in row.values()
-        places = [folder / f"{row[image[0]]}".strip() for folder in folders]
-        yield next(filter(Path.is_file, places), places[0]), row[caption[0]] if fits else ""
-        line = reader.line_num + 1
+        if reader.line_num > line + 1 and "".join(lines[line : reader.line_num]).count('"') % 2:
+            raise UserError(f"{path}, line {line + 1}: a quote opens there and is never closed")
+        line = reader.line_num
+        places = [folder / (row + header)[image[0]].strip() for folder in folders]
+        if row:  # no empty line
+            found = next(filter(os.path.isfile, places), places[0])
+            yield found, row[caption[0]] if len(row) == len(header) else ""
 
 
 def read_pairs(folder):
@@ -759,7 +758,7 @@ class Photos:
     def __init__(self, device, settings):
         self.device, source, fit = device, Path(settings.data), preprocess(settings)
         images, captions, bad = {}, {}, []
-        for path, caption in tqdm(read_captions(source), "reading images", disable=None):
+        for path, caption in tqdm(read_captions(source), disable=None):
             try:
                 if not split_words(caption) or "\ufffd" in caption:
                     raise ValueError("no caption in UTF-8, or cells that do not fit the header")
@@ -810,11 +809,11 @@ class Photos:
     def validate(self, model):
         """Recall in percent on held-out images: of how many captions one of the k nearest images
         is right, its own or one that has the same caption."""
-        images, tokens = self.images[self.n :], self.tokens[self.n :]
+        tokens = self.tokens[self.n :]
         owner, place = (tokens[:, :, 0] != 0).nonzero(as_tuple=True)  # (M,), of M captions
         captions, text = tokens[owner, place].unique(dim=0, return_inverse=True)
-        t, x = F.normalize(model.encode_text(captions)), embed_images(model, images / 255)
-        cosines = t @ x.T  # (distinct captions, images)
+        x = embed_images(model, self.images[self.n :] / 255)
+        cosines = F.normalize(model.encode_text(captions)) @ x.T  # (distinct captions, images)
         right = torch.zeros_like(cosines, dtype=torch.bool)
         right[text, owner] = True
         hits = right.gather(1, cosines.topk(min(10, len(x))).indices)[text]  # (M, 10)

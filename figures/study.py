@@ -18,7 +18,6 @@ import os
 import sys
 import tempfile
 import textwrap
-import time
 from dataclasses import replace
 from functools import cache, partial
 from itertools import chain, product, repeat
@@ -26,275 +25,241 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 from torchvision import datasets, transforms
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+FIGURES = Path(__file__).resolve().parent
+sys.path.insert(0, str(FIGURES.parent))
 import contextclip as cc  # noqa: E402
 import fewshot as fs  # noqa: E402
 
-FIGURES, RUNS = Path(__file__).resolve().parent, Path("runs/study")
+RUNS = Path("runs/study")
 DEFAULT = cc.Settings("clixp")
-SHOTS = {"zero-shot": "0", "1-shot": "1", "4-shot": "4", "16-shot": "16"}
+SHOTS = ["zero-shot", "1-shot", "4-shot", "16-shot"]
 COLORS = ["#D55E00", "#0072B2", "#009E73", "#555555"]
 
 
-# ---- Training ------------------------------------------------------------------------------------
+# ---- Training, tables, curves --------------------------------------------------------------------
 @cache
 def get_cards():
     """The cards that all models see."""
     return cc.Cards(cc.choose_device(cpu=False), DEFAULT)
 
 
-def get_objectives(args):
-    """The names of the base's objective and of that with context."""
-    return ("siglip", "siglixp") if args.sigmoid else ("clip", "clixp")
-
-
 def train(seed, **changes):
     """Train a model with changes of the default settings, if it is not there -> its checkpoint."""
     settings = replace(DEFAULT, seed=seed, **changes)
-    parts = []
-    for name, value in changes.items():
-        if name == "init":
-            parts.append("post")
-        elif name != "objective" and value != getattr(DEFAULT, name):
-            parts.append(f"{name}={value:g}")
-    folder = RUNS / ("-".join(parts) or "default") / f"seed{seed}"
+    changed = [
+        f"{name}={value}"
+        for name, value in changes.items()
+        if name != "objective" and value != getattr(DEFAULT, name)
+    ]
+    folder = RUNS / ("-".join(changed).replace("/", ".") or "default") / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     cc.train(settings, get_cards(), folder)
     return folder / f"{settings.objective}.pt"
 
 
 def load(path):
+    """A checkpoint -> its model, where the cards are."""
     return cc.load(path, get_cards().device)
 
 
-# ---- Tables and curves ---------------------------------------------------------------------------
 def read_rows(path):
     """The rows of a CSV file, each {column: text}."""
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
+def select(rows, column, **where):
+    """A column of the rows that have these values, (n, seeds), of rows seed by seed."""
+    values = [float(row[column]) for row in rows if where.items() <= row.items()]
+    return np.reshape(values, (len(names_of(rows, "seed")), -1)).T
+
+
+def names_of(rows, column):
+    """What is in a column, each once."""
+    return list(dict.fromkeys(row[column] for row in rows))
+
+
 def print_table(rows, path=None):
     """Print dictionaries of the same keys, a line each."""
-    lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(map(str.ljust, line, widths)))
+    for cells in (rows[0], *(row.values() for row in rows)):
+        print(*(f"{cell!s:24}" for cell in cells))
 
 
-def draw_panels(panels, path, scale="linear"):
-    """Draw side by side {(name of x, of y): [(label, x, y, error, line, color)]}."""
+def draw_panels(panels, path, ticks=()):
+    """Draw side by side {(name of x, of y): [(label, x, y, style, color)]}; `ticks`: a log x."""
     figure = Figure((4.3 * len(panels), 3.8), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, ((across, up), lines) in zip(axes, panels.items(), strict=True):
-        for label, x, y, error, line, color in lines:
-            axis.errorbar(x, y, error, fmt=line, color=color, label=label, markersize=4, capsize=2)
+    for place, ((across, up), lines) in enumerate(panels.items(), start=1):
+        axis = figure.add_subplot(1, len(panels), place)
+        for label, x, y, style, color in lines:
+            axis.plot(x, y, style, color=color, label=label)
         axis.set(xlabel=across, ylabel=up)
-        if scale == "log":
-            axis.set_xscale(scale)
-            axis.set_xticks(x, [f"{value:g}" for value in x])
-            axis.minorticks_off()
+        if ticks:
+            axis.set_xscale("symlog", linthresh=1)  # linear from 0 to 1
+            axis.set_xticks(ticks, [f"{value:g}" for value in ticks])
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=130)
 
 
 # ---- Ablations and sweeps ------------------------------------------------------------------------
-def sweep(setting, values, **others):
-    """{value: settings changed to it}."""
-    return {f"{value:g}": {setting: value} | others for value in values}
+def sweep(setting, values):
+    """{value: changed settings}."""
+    return {f"{value:g}": {setting: value} for value in values}
 
 
 SWEEPS = {
     "ablations": {
-        "no self-mask": {"no_mask": True},
+        "no mask": {"no_mask": True},
         "alpha 0.6": {"alpha": 0.6},
-        "shared temperature": {"shared_temperature": True},
-        "detached values": {"detach_values": True},
+        "one tau": {"shared_temperature": True},
+        "V detached": {"detach_values": True},
     },
-    "tau_max": sweep("tau_max", [100, 28, 14, 9, 6, 4]),
-    "number_share": sweep("number_share", [0, 0.5, 0.9, 1]),
+    "tau_max": sweep("tau_max", [100.0, 28.0, 14.0, 9.0, 6.0, 4.0]),
+    "number_share": sweep("number_share", [0.0, 0.5, 0.9, 1.0]),
     "steps": sweep("steps", [400, 800, 1600, 3200]),
     "width": sweep("width", [32, 64, 128]),
-    "post": sweep("steps", [25, 100, 400], lr=5e-4),
+    "post": sweep("steps", [25, 100, 400]),
 }
 
 
 def get_pairs(args):
     """{point of the sweep: {model: changed settings}}, two models that see the same images."""
-    base, context = get_objectives(args)
-    plain, whole = ({"objective": o, "tau_max": args.cap} for o in (base, context))
-    points = SWEEPS[args.study]
+    context = {"objective": args.context, "tau_max": args.cap}
+    base, points = context | {"objective": args.base}, SWEEPS[args.study]
     if args.study == "ablations":
-        points = {base: plain} | points
-        return {of: {context: whole, "changed": whole | points[of]} for of in points}
-    return {of: {base: plain | points[of], context: whole | points[of]} for of in points}
+        points = {args.base: base} | points
+        return {of: {args.context: context, "changed": context | c} for of, c in points.items()}
+    return {of: {args.base: base | c, args.context: context | c} for of, c in points.items()}
 
 
 def measure_sweep(args):
     """Train and evaluate: rows of accuracies on the 21 tasks, the mean of the six classifiers and
     of two draws of images; zero-shot on the tasks of known words."""
-    trained = []
-    for seed, (of, pair) in product(range(args.seeds), get_pairs(args).items()):
-        start = {}
-        if args.study == "post":
-            base = train(seed, objective=get_objectives(args)[0], tau_max=args.cap)
-            start = {"init": str(base)}
-        paths = {model: train(seed, **start, **changes) for model, changes in pair.items()}
-        trained.append((seed, of, paths))
-
-    torch.set_num_threads(1)  # as in fewshot.py
-    cards, shots, methods = get_cards(), [1, 4, 16], ["zero-shot", *fs.TRAINING_FREE]
+    cards, methods = get_cards(), ["zero-shot", *fs.TRAINING_FREE]
     tasks = fs.card_tasks(cards)
     validation = [fs.CardTask(cards, f"{rows[0]}", rows, "validation") for rows in cards.validation]
-    for seed, of, paths in trained:
-        models = {model: load(path) for model, path in paths.items()}
-        chosen = [*fs.choose(models, validation, methods, shots, queries=16)]
-        draws = (2 * seed, 2 * seed + 1)
-        rows = fs.evaluate(models, tasks, chosen, draws, max(shots), queries=16)
-        table = fs.tabulate(rows, shots, runs=1, draws=len(draws))
-        for model, k in product(models, [0, *shots]):
-            row = {"of": of, "model": model, "seed": seed, "shots": k}
-            values = table[model][fs.MEAN if k else "zero-shot", k].mean(1)
-            # zero-shot: of the first tasks, those of known words
-            for task, accuracy in zip(tasks, values, strict=False):
-                yield row | {"task": task.name, "accuracy": round(accuracy, 3)}
+    for (of, pair), seed in product(get_pairs(args).items(), range(args.seeds)):
+        start = {}
+        if args.study == "post":
+            base = train(seed, objective=args.base, tau_max=args.cap)
+            start = {"init": str(base), "lr": 5e-4}
+        models = {name: load(train(seed, **start, **changes)) for name, changes in pair.items()}
+        chosen = [*fs.choose(models, validation, methods, [1, 4, 16], queries=16)]
+        draws, found = [2 * seed, 2 * seed + 1], {}
+        for row in fs.evaluate(models, tasks, chosen, draws, shots=16, queries=16):
+            key = row["model"], row["shots"], row["task"]
+            found.setdefault(key, []).append(row["accuracy"])
+        for (model, shots, task), values in found.items():
+            yield {
+                "of": of,
+                "seed": seed,
+                "model": model,
+                "shots": f"{shots}-shot" if shots else "zero-shot",
+                "task": task,
+                "accuracy": round(np.mean(values), 3),
+            }
 
 
 def show_sweep(rows, path):
-    """Print both models' accuracies and their difference; draw."""
-    cells, seeds = {}, {row["seed"] for row in rows}
-    for row in rows:  # seed by seed, task by task
-        models = cells.setdefault(row["of"], {}).setdefault(row["shots"], {})
-        models.setdefault(row["model"], []).append(float(row["accuracy"]))
-    lines, curves = [], {}
-    for of, table in cells.items():
-        line = {path.stem: of}
-        for shots, k in SHOTS.items():
-            pair = [np.reshape(values, (len(seeds), -1)).T for values in table[k].values()]
-            means = [f"{values.mean():.1f}" for values in pair]
-            line[shots] = ", ".join([*means, fs.signed(pair[1] - pair[0])])
-            curves.setdefault(shots, []).append(pair)  # (tasks, seeds) each
-        lines.append(line)
-    names = list(dict.fromkeys(row["model"] for row in rows))
-    print(f"{', '.join(names)}, {names[1]} - {names[0]}: % right, 95 % interval")
+    """Print both models' accuracies and their difference; draw both, with dots for the seeds."""
+    models, points = names_of(rows, "model"), names_of(rows, "of")
+    lines, panels = [{path.stem: of} for of in points], []
+    ticks = [] if path.stem.startswith("ablations") else [float(of) for of in points]
+    for shots in SHOTS:
+        cells, curves = [], []
+        for color, model in zip(COLORS, models, strict=False):
+            found = [select(rows, "accuracy", of=of, shots=shots, model=model) for of in points]
+            cells.append(found)  # (points, tasks, seeds)
+            x, y = ticks or points, np.mean(found, axis=1)
+            curves += [(model, x, y.mean(1), "-", color), ("_seeds", x, y, ".", color)]
+        panels.append(((path.stem, f"{shots}, % right"), curves))
+        for line, a, b in zip(lines, *cells, strict=True):
+            line[shots] = f"{a.mean():.1f}, {b.mean():.1f}, {fs.signed(b - a)}"
+    print(f"{', '.join(models)}, difference with its 95 % interval")
     print_table(lines)
-    draw = draw_both if path.stem.startswith("tau_max") else draw_differences
-    draw(names, list(cells), curves, path)
-
-
-def draw_both(names, points, curves, path):
-    """Accuracies of both models against a cap; bars from the lowest seed to the highest."""
-    panels = {}
-    for shots in ("zero-shot", "16-shot"):
-        panels["cap of tau_1 and tau_2", f"{shots}, % right"] = lines = []
-        for i, name in enumerate(names):
-            seeds = np.array([pair[i].mean(0) for pair in curves[shots]])
-            y = seeds.mean(1)
-            bars = [y - seeds.min(1), seeds.max(1) - y]
-            lines.append((name, list(map(float, points)), y, bars, "o-", COLORS[i]))
-    draw_panels(panels, path, "log")
-
-
-def draw_differences(names, points, curves, path):
-    """Differences of the two models, with 95 % intervals, at each point of the sweep."""
-    lines, x = [], [of.replace(" ", "\n") for of in points]
-    for (shots, pairs), color in zip(curves.items(), COLORS, strict=True):
-        y, bars = zip(*(fs.interval(pair[1] - pair[0]) for pair in pairs), strict=True)
-        lines.append((shots, x, y, bars, "s-", color))
-    draw_panels({(path.stem, f"{names[1]} - {names[0]}, points of accuracy"): lines}, path)
+    draw_panels(dict([panels[0], panels[-1]]), path, ticks)  # zero-shot, 16-shot
 
 
 # ---- During training -----------------------------------------------------------------------------
-PANELS = {
-    "loss in nats": ["plain_loss", "context_loss"],
-    "temperatures": ["tau_1", "tau_2"],
-    "tau_ctx sqrt(d)": ["tau_ctx sqrt(d)"],
-    "validation, % right": list(SHOTS),
+PANELS = {  # (column of x, title of y): columns of y
+    ("step", "loss in nats"): ["plain_loss", "context_loss"],
+    ("step", "temperatures"): ["tau_1", "tau_2"],
+    ("step", "tau_ctx sqrt(d)"): ["tau_ctx sqrt(d)"],
+    ("step", "validation, % right"): SHOTS,
+    ("zero-shot", "16-shot"): ["16-shot"],  # the frontier, a picture of its own
 }
 OF_CONTEXT = "context_loss", "tau_2", "tau_ctx sqrt(d)"  # the base does not learn them
 
 
 def measure_emergence(args):
     """The rows of the logs of both models' training."""
-    for objective, seed in product(get_objectives(args), range(args.seeds)):
+    for objective, seed in product((args.base, args.context), range(args.seeds)):
         path = train(seed, objective=objective, tau_max=args.cap)
-        for text in read_rows(path.with_suffix(".csv")):
-            row = {column: float(value) for column, value in text.items()}
-            row["tau_ctx sqrt(d)"] = row["tau_ctx"] * DEFAULT.width**0.5
-            row = {column: round(value, 3) for column, value in row.items()}
-            yield {"model": objective, "seed": seed} | row | {"step": text["step"]}
+        for row in read_rows(path.with_suffix(".csv")):
+            row["tau_ctx sqrt(d)"] = float(row["tau_ctx"]) * DEFAULT.width**0.5
+            numbers = {column: round(float(value), 3) for column, value in row.items()}
+            yield {"model": objective, "seed": seed} | numbers
 
 
 def show_emergence(rows, path):
-    """Draw the logs over steps; draw and print the way of zero-shot and 16-shot accuracy."""
-    panels = {("step", title): [] for title in PANELS}
-    frontier, lines, models = [], [], dict.fromkeys(row["model"] for row in rows)
-    for model, color in zip(models, COLORS, strict=False):
-        steps = {}
-        for row in rows:
-            if row["model"] == model:
-                steps.setdefault(int(row["step"]), []).append(row)
-
-        def mean(column, steps=steps):  # over seeds, at each step
-            return np.array([np.mean([float(r[column]) for r in s]) for s in steps.values()])
-
-        has_context = model.endswith("xp")
-        for title, columns in PANELS.items():
-            for column, shade in zip(columns, COLORS, strict=False):
-                if has_context or column not in OF_CONTEXT:
-                    line = (f"{column}, {model}", [*steps], mean(column), None)
-                    panels["step", title].append((*line, "-" if has_context else "--", shade))
-
-        zero, few = mean("zero-shot"), mean("16-shot")
-        frontier.append((model, zero, few, None, ".-", color))
-        frontier.append((f"{model}, end", zero[-1:], few[-1:], None, "D", color))
-        for point, i in (("best 16-shot", few.argmax()), ("end", -1)):
-            line = {"model": model, "point": point, "step": [*steps][i]}
-            lines.append(line | {"zero-shot": f"{zero[i]:.1f}", "16-shot": f"{few[i]:.1f}"})
-    print_table(lines)
+    """Draw the logs, means over seeds, and zero-shot against 16-shot accuracy; print of the latter
+    the best point and the end."""
+    panels, models = {}, names_of(rows, "model")
+    means = {(m, c): select(rows, c, model=m).mean(1) for m in models for c in list(rows[0])[1:]}
+    for (across, up), columns in PANELS.items():
+        panels[across, up] = curves = []
+        for model, (i, column) in product(models, enumerate(columns)):
+            style = "-" if model.endswith("xp") else "--"
+            if style == "-" or column not in OF_CONTEXT:
+                x, y = means[model, across], means[model, column]
+                curves.append((f"{column}, {model}", x, y, style, COLORS[i]))
+    frontier = dict([panels.popitem()])
     draw_panels(panels, path)
-    frontier_path = path.with_name(path.name.replace("emergence", "frontier"))
-    draw_panels({("zero-shot, % right", "16-shot, % right"): frontier}, frontier_path)
+    draw_panels(frontier, path.with_name(path.name.replace("emergence", "frontier")))
+
+    for model in models:
+        step, few = means[model, "step"], means[model, "16-shot"]
+        best = f"best at step {step[few.argmax()]:.0f}, {few.max():.1f}"
+        print(f"{model}: 16-shot accuracy is {best}; at the end {few[-1]:.1f}")
 
 
 # ---- What embeddings carry -----------------------------------------------------------------------
-def split_digits(numbers):
-    """(n,) -> (n, 3)."""
-    return torch.stack([numbers // 100, numbers // 10 % 10, numbers % 10], 1)
+def draw_some(count, kinds):
+    """Training cards, n = count, of the first `kinds` characters: images (n, 1, 32, 32), characters
+    (n,), digits (n, 3) of their numbers."""
+    torch.manual_seed(1)
+    cards = get_cards()
+    rows = torch.arange(count, device=cards.device)
+    characters, numbers = cc.integers(rows, 0, kinds), cc.integers(rows, 0, 1000)
+    images = cc.draw_cards(cards, cards.train[characters], numbers, "train")
+    return images, characters, torch.stack([numbers // 100, numbers // 10 % 10, numbers % 10], 1)
 
 
 def measure_variance(args):
     """Percent of the embeddings' variance that character, and number, explain linearly."""
-    cards = get_cards()
+    images, characters, digits = draw_some(8000, 100)
     for objective, seed in product(cc.OBJECTIVES, range(args.seeds)):
         model = load(train(seed, objective=objective, tau_max=args.cap))
-        torch.manual_seed(1)
-        characters = torch.arange(100, device=cards.device).repeat(80)
-        numbers = cc.integers(characters, 0, 1000)
-        images = cc.draw_cards(cards, cards.train[characters], numbers, "train")
-        x = cc.embed_images(model, images).cpu()
+        x = cc.embed_images(model, images)
         x = x - x.mean(0)
         row = {"objective": objective, "seed": seed}
-        causes = {"character": characters[:, None], "number": split_digits(numbers)}
-        for name, cause in causes.items():
-            A = F.one_hot(cause).flatten(1).float().cpu()
-            explained = A @ torch.linalg.lstsq(A, x).solution
-            row[name] = round(100 * (explained.square().sum() / x.square().sum()).item(), 3)
+        for name, cause in (("character", characters[:, None]), ("number", digits)):
+            A = torch.nn.functional.one_hot(cause).flatten(1).float()
+            explained = A @ (torch.linalg.pinv(A) @ x)
+            row[name] = round((100 * explained.var() / x.var()).item(), 3)
         yield row
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
-def draw_grid(cells, size, path):
-    """Draw rows of cells (image (1, S, S), title, color of a frame)."""
-    figure = Figure((size[0] * len(cells[0]), size[1] * len(cells)), layout="constrained")
-    axes = figure.subplots(len(cells), len(cells[0]), squeeze=False).flat
-    for axis, (image, title, color) in zip(axes, chain(*cells), strict=True):
+def draw_grid(cells, columns, path, scale=1):
+    """Draw cells (image (1, S, S), title, color of a frame), row by row."""
+    rows = len(cells) // columns
+    figure = Figure((scale * columns, 1.2 * scale * rows), layout="constrained")
+    for axis, (image, title, color) in zip(figure.subplots(rows, columns).flat, cells, strict=True):
         axis.imshow(image[0].numpy(force=True), cmap="gray", vmin=0, vmax=1)
         axis.set_title(title, fontsize=8)
         axis.set(xticks=[], yticks=[])
@@ -303,33 +268,26 @@ def draw_grid(cells, size, path):
 
 
 def draw_attention(args, path):
-    """Cards and the six each attends to most, at the context model's tau_ctx: green the same
-    character, orange two digits in common; print the shares."""
-    cards, (base, context) = get_cards(), get_objectives(args)
-    models = {name: load(train(0, objective=name, tau_max=args.cap)) for name in (context, base)}
-    tau_ctx = models[context].scalars()[2]
-    torch.manual_seed(1)
-    i = torch.arange(DEFAULT.batch_size, device=cards.device)
-    characters = cards.train[cc.integers(i, 0, len(cards.train))]
-    numbers = cc.integers(i, 0, 1000)
-    images, digits = cc.draw_cards(cards, characters, numbers, "train"), split_digits(numbers)
-    same = (characters[:, None] == characters) & (i[:, None] != i)
-    alike = ((digits[:, None] == digits).sum(2) >= 2) & (characters[:, None] != characters)
+    """Cards and the six that each attends to most: green the same character, orange two digits in
+    common; print what share of the attention goes to them, where there are any."""
+    model = load(train(0, objective=args.context, tau_max=args.cap))
+    images, characters, digits = draw_some(DEFAULT.batch_size, len(get_cards().train))
+    X, i = cc.embed_images(model, images), torch.arange(len(images), device=images.device)
+    weights = 100 * cc.contextualize(i, X, torch.eye(len(X)).to(X), model.scalars()[2])
+    same = characters[:, None] == characters
+    alike = ((digits[:, None] == digits).sum(2) >= 2) & ~same
+    same.fill_diagonal_(False)
+    for kind, there in (("the same character", same), ("two digits in common", alike)):
+        shares = (weights * there).sum(1)[there.any(1)]
+        print(f"{kind}: {shares.mean():.1f} % of the attention")
 
-    lines, cells = [], [[] for _ in range(5)]
-    for name, model in models.items():
-        X = cc.embed_images(model, images)
-        weights = 100 * cc.contextualize(i, X, torch.eye(len(X)).to(X), tau_ctx)  # percent
-        for kind, cause in (("the same character", same), ("two digits in common", alike)):
-            share = (weights * cause).sum(1)[cause.any(1)].mean()
-            lines.append({"model": name, "attention to": kind, "%": f"{share:.1f}"})
-        for row, query in zip(cells, same.any(1).nonzero()[:, 0], strict=False):
-            row.append((images[query], name, "black"))
-            for j in weights[query].topk(6).indices:
-                color = COLORS[2] if same[query, j] else "#E69F00" if alike[query, j] else "white"
-                row.append((images[j], f"{weights[query, j]:.1f} %", color))
-    print_table(lines)
-    draw_grid(cells, (1, 1.2), path)
+    cells = []
+    for query in same.any(1).nonzero()[:8, 0]:
+        cells.append((images[query], "image", "black"))
+        for j in weights[query].topk(6).indices:
+            color = COLORS[2] if same[query, j] else "#E69F00" if alike[query, j] else "white"
+            cells.append((images[j], f"{weights[query, j]:.1f} %", color))
+    draw_grid(cells, 14, path)
 
 
 def draw_cards(args, path):
@@ -338,38 +296,110 @@ def draw_cards(args, path):
     torch.manual_seed(0)
     images, tokens = cards.draw_batch(replace(DEFAULT, batch_size=18))
     words = list(cards.vocabulary)
-    for image, row in zip(images, tokens.tolist(), strict=True):
+    for image, row in zip(images, tokens, strict=True):
         caption = " ".join(words[token] for token in row if token)
         cells.append((image, textwrap.fill(caption, 25), "white"))
-    draw_grid([cells[:6], cells[6:12], cells[12:]], (1.9, 2.3), path)
+    draw_grid(cells, 6, path, scale=1.9)
 
 
 def draw_real(args, path):
     """Images of your own, a row per folder of class folders: as they are, and with plates."""
     cells = []
     for source in args.data:
-        images = datasets.ImageFolder(source, cc.preprocess(DEFAULT))
-        places = np.linspace(0, len(images) - 1, 6).astype(int)
-        images = torch.stack([images[i][0] for i in places])
-        images = [*images, *fs.with_plates(images, get_cards())]
-        cells.append([(image, Path(source).name, "white") for image in images])
-    draw_grid(cells, (1, 1.2), path)
+        dataset = datasets.ImageFolder(source, cc.preprocess(DEFAULT))
+        images = torch.stack([dataset[i * len(dataset) // 6][0] for i in range(6)])
+        for image in (*images, *fs.with_plates(images, get_cards())):
+            cells.append((image, Path(source).name, "white"))
+    draw_grid(cells, 12, path)
 
 
 # ---- Speed ---------------------------------------------------------------------------------------
-def draw_plainly(cards, character):
-    """A training card as `cc.draw_cards` draws it, by Pillow: image (1, 32, 32), tokens (L,)."""
-    faces = cards.has_glyph[cards.train[character], cc.FACE_SPLITS["train"]]
-    glyph = cards.glyphs[cards.train[character], torch.multinomial(faces.float(), 1)][0]
-    affine = transforms.RandomAffine(9, (0.16, 0.16), (0.8, 1.6), 11, Image.Resampling.BILINEAR)
-    image, number = affine(Image.fromarray(glyph.numpy())), int(torch.randint(1000, ()))
-    plate = Image.fromarray(cards.plates[number, torch.randint(len(faces), ())].numpy())
-    image.paste(plate, (int(torch.randint(9, ())), int(torch.randint(4, ()) + 20 * torch.randint(2, ()))))
-    background, ink = 0.3 * torch.rand(()), 0.6 + 0.4 * torch.rand(())
-    image = torch.lerp(background, ink, transforms.functional.to_tensor(image))
-    if torch.rand(()) < 0.5:
-        image = 1 - image
-    tokens = cards.tokens[character].clone()
-    end = (tokens != 0).sum()
-    tokens[end : end + 4] = cards.number_tokens[number]
-    return image + 0.04 * torch.rand(1, 32, 32) - 0.02, tokens
+def collate(read, pairs):
+    """[(what `read` makes an image of, tokens)] -> a batch."""
+    return torch.utils.data.default_collate([(read(image), tokens) for image, tokens in pairs])
+
+
+def load_plainly(data, settings):
+    """The plain PyTorch way to draw a batch, for `cc.train`: workers, one per core, open and crop
+    images, or bend characters, to which no plate, shades and noise are added."""
+    if settings.is_cards:
+        images = [*map(Image.fromarray, data.glyphs[data.train, 0].numpy(force=True))] * 100
+        tokens = data.tokens.cpu().repeat(100, 1)
+        bilinear = transforms.InterpolationMode.BILINEAR
+        steps = [transforms.RandomAffine(9, (0.16, 0.16), (0.8, 1.6), 11, bilinear)]
+    else:
+        images, captions = zip(*cc.read_captions(Path(settings.data)), strict=True)
+        tokens = cc.tokenize(captions, data.vocabulary)
+        crop = transforms.RandomResizedCrop(settings.image_size, (0.5, 1))
+        steps = [datasets.folder.pil_loader, crop, transforms.RandomHorizontalFlip()]
+    read = transforms.Compose([*steps, transforms.ToTensor()])
+    loader = torch.utils.data.DataLoader(
+        list(zip(images, tokens, strict=True)),
+        settings.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=os.cpu_count(),
+        persistent_workers=True,
+        collate_fn=partial(collate, read),
+    )
+    batches = chain.from_iterable(repeat(loader))
+    return lambda _: [part.to(data.device) for part in next(batches)]
+
+
+def measure_speed(args):
+    """Images/s of training, ours and plain in float32; on cards, or on --data at 64 pixels."""
+    settings, data = replace(DEFAULT, steps=400), get_cards()
+    if args.data:
+        settings = replace(settings, data=args.data[0], image_size=64)
+        data = cc.Photos(data.device, settings)
+    for way in ("ours", "plain"):
+        if way == "plain":
+            data.draw_batch = load_plainly(data, settings)
+            settings = replace(settings, float32=True)
+        with tempfile.TemporaryDirectory() as folder:
+            cc.train(settings, data, Path(folder))
+            seconds = [float(row["seconds"]) for row in read_rows(Path(folder, "clixp.csv"))]
+        # the first 200 steps warm up
+        yield {"way": way, "images/s": round(200 * settings.batch_size / (seconds[1] - seconds[0]))}
+
+
+# ---- The command line ----------------------------------------------------------------------------
+STUDIES = {  # name, besides sweeps: what yields the rows of the CSV file, what shows them
+    "emergence": (measure_emergence, show_emergence),
+    "variance": (measure_variance, print_table),
+    "speed": (measure_speed, print_table),
+    "attention": (None, draw_attention),
+    "cards": (None, draw_cards),
+    "real": (None, draw_real),
+}
+
+
+def run(args):
+    """Measure, print and draw one study."""
+    args.base, args.context = cc.OBJECTIVES[args.sigmoid :: 2]  # clip, clixp; or siglip, siglixp
+    name = args.study + "_sigmoid" * args.sigmoid
+    if args.cap != DEFAULT.tau_max:
+        name += f"_cap{args.cap:g}"
+    if args.study == "real" and not args.data:
+        raise cc.UserError("real needs --data, folders that hold a folder per class")
+    picture, table = FIGURES / f"{name}.png", FIGURES / f"{name}.csv"
+    measure, show = STUDIES.get(args.study, (measure_sweep, show_sweep))
+    if measure and not args.draw:
+        cc.write_csv(table, list(measure(args)))
+    show(read_rows(table) if measure else args, picture)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser("study", argparse.SUPPRESS, __doc__.splitlines()[0])
+    add = parser.add_argument
+    add("study", choices=[*SWEEPS, *STUDIES])
+    add("--seeds", type=int, default=3, choices=range(1, 11), help="of training (3)")
+    add("--draw", action="store_true", help="only print and draw again, from the CSV file")
+    add("--sigmoid", action="store_true", help="siglip and siglixp instead of clip and clixp")
+    add("--cap", type=float, default=DEFAULT.tau_max, help="tau_max of all models")
+    add("--data", nargs="+", default=[], help="of real: folders of images; of speed: captions")
+    cc.report_errors(parser, run, arguments)
+
+
+if __name__ == "__main__":
+    main()
