@@ -41,7 +41,7 @@ class UserError(Exception):
 class Settings:
     """What determines a run, with the number of processes. Each is a flag of the command line:
 
-    objective: clip, siglip; with context clixp, siglixp; several: clip,clixp
+    objective: clip, siglip, with context clixp, siglixp; the flag takes several: clip,clixp
     data: cards, or images and captions of your own, a folder or a table
     image_size: pixels that the image encoder gets, both ways
     encoder: of images: cnn, or any classification model of torchvision
@@ -53,10 +53,10 @@ class Settings:
     weight_decay: of matrices; temperatures, biases and gains have none
     width: d, of the embeddings and of the encoders
     alpha: weight of the plain loss; the context loss has 1 - alpha
-    tau_max: cap of tau_1 and tau_2, which multiply cosines
-    tau_ctx: start of tau_ctx: cosines are divided by tau_ctx sqrt(d)
+    tau_max: cap of tau_1 and tau_2, which multiply cosines (CLIP's logit scale)
+    tau_ctx: start of tau_ctx, which divides them: by tau_ctx sqrt(d)
     number_share: share of the cards whose caption names their number
-    float32: no bf16 in the image encoder, where the hardware has it
+    float32: never bf16 in the image encoder (else where the hardware has it)
     chunk: rows of a block in which losses and attention are computed, to save memory; 0: all
     no_mask: ablation: an image may attend to itself
     shared_temperature: ablation: tau_1 and b_1 serve the context loss too
@@ -180,12 +180,13 @@ def in_blocks(chunk, function, i, *inputs):
 
 
 def gather(x):
-    """Rows of this process -> rows of all, by rank; gradients come back from all."""
+    """Rows of this process -> rows of all, by rank. Gradients come back from all, summed here;
+    DistributedDataParallel divides them by the number of processes."""
     if WORLD_SIZE == 1:
         return x
 
     def sum_over_processes(gradient):
-        gradient = gradient.clone()
+        gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient)
         return gradient
 
@@ -264,13 +265,14 @@ class ContextCLIP(nn.Module):
         self.b = nn.Parameter(torch.tensor([-10.0, -10.0]))
 
     def scalars(self):
-        """tau_1, tau_2, tau_ctx, b_1, b_2 (5,): one tensor, for all to have gradients. tau_1 and
-        tau_2 multiply cosines, tau_ctx divides them; each is the exponential of what is learned."""
+        """tau_1, tau_2, tau_ctx, b_1, b_2 (5,). tau_1 and tau_2 multiply cosines, tau_ctx divides
+        them; each is the exponential of what is learned. One tensor: those that a loss does not
+        use have gradients of 0, not none, as DistributedDataParallel needs."""
         return torch.cat((self.log_tau.exp(), self.b))
 
     def encode_image(self, images):
         """images (B, 1 or 3, S, S) in about [0, 1], of another size resized; the cnn of cards takes
-        one channel -> v (B, d) float32, not normalised, like encode_text(tokens (B, L)) -> u."""
+        one channel -> v (B, d) float32. As u = encode_text(tokens (B, L)) it is not normalised."""
         images = transforms.functional.resize(images, [self.settings.image_size] * 2)
         images = 4 * images.expand(-1, self.channels, -1, -1) - 2  # mean 0, deviation about 1
         images = images.contiguous(memory_format=torch.channels_last)
@@ -322,8 +324,7 @@ def embed_images(model, images):
 
 def embed_classes(model, captions):
     """C lists of as many captions each -> T (C, d) normalised, the mean of each list. A model of
-    cards expects a number after a name: the mean is also over ten, of which each digit has each
-    place once."""
+    cards expects a number after a name: the mean is over ten too, 000, 111, ... 999."""
     endings = [""]
     if model.settings.is_cards and model.settings.number_share:
         endings = [f" {spell(number)}" for number in range(0, 1000, 111)]
@@ -339,8 +340,8 @@ LOGGED = "loss plain_loss context_loss tau_1 tau_2 tau_ctx b_1 b_2".split()
 
 
 def train(settings, data, out):
-    """Train a model on Cards or Photos, into out/<objective>.pt and .csv; a run that is there goes
-    on. Raises UserError, OSError."""
+    """Train a model on Cards or Photos, into out/<objective>.pt and .csv; what is there goes on
+    (the command line asks for --resume). Raises UserError, OSError."""
     path, steps = out / f"{settings.objective}.pt", settings.steps
     model, optimizer, log = start(settings, data, path)
     if settings.compile:
@@ -350,7 +351,8 @@ def train(settings, data, out):
 
     remaining = range(done + 1, steps + 1)  # below, None: a bar only in a terminal
     for step in tqdm(remaining, initial=done, total=steps, disable=RANK > 0 or None):
-        # all that is random in a step: a resumed run is the same, objectives see the same batches
+        # all that is random in a step: a resumed run is the same, objectives see the same batches;
+        # a tuple of integers has the same hash everywhere
         torch.manual_seed(hash((settings.seed, step, RANK)))
         images, tokens = data.draw_batch(settings)
         losses = forward(images, tokens)  # the loss, its plain term, its context term
@@ -359,7 +361,7 @@ def train(settings, data, out):
         optimizer.zero_grad()
         losses[0].backward()
         optimizer.step()
-        model.log_tau.data[:2].clamp_(0, math.log(settings.tau_max))  # tau_1, tau_2
+        model.log_tau.data[:2].clamp_(0, math.log(settings.tau_max))  # 1 <= tau_1, tau_2
         recent.append(losses.detach())
 
         if step % EVERY == 0 or step == steps:
@@ -370,7 +372,8 @@ def train(settings, data, out):
 
 def validate_and_save(row, losses, model, optimizer, data, log, path):
     """What happens every 200 steps: validate, print a line, append it to the log, save. losses
-    (3,): the mean since the last time. Raises UserError if they or the weights are not finite."""
+    (3,): of this process's rows, the mean since the last time. Raises UserError if they or the
+    weights are not finite."""
     norm = nn.utils.get_total_norm(model.parameters())[None]
     values = torch.cat((losses, model.scalars(), norm)).tolist()
     if not math.isfinite(sum(values)):
@@ -378,7 +381,7 @@ def validate_and_save(row, losses, model, optimizer, data, log, path):
     if RANK == 0:
         found = data.validate(model.eval())
         model.train()
-        log.append(row | dict(zip(LOGGED, values, strict=False)) | found)
+        log.append(row | dict(zip(LOGGED, values, strict=False)) | found)  # the norm is left out
         save(path, model, optimizer, log)
         write_csv(path.with_suffix(".csv"), log[1:])
         line = f"{path.stem}  step {row['step']}  {row['seconds']:.0f} s  loss {values[0]:.3f}"
@@ -409,7 +412,7 @@ def start(settings, data, path):
     )
     log = [{"step": 0, "seconds": 0.0}]
 
-    chance = math.log(settings.batch_size) + settings.is_sigmoid  # about, where all cosines are 0
+    chance = math.log(settings.batch_size) + settings.is_sigmoid  # about: cosines 0, b at best
     print(f"{path.stem}: {data.device}, {data.about}; loss at chance {chance:.2f}")
     if path.exists():
         saved = read_checkpoint(path)
@@ -425,10 +428,10 @@ def start(settings, data, path):
 
 
 def start_from(base, model):
-    """Post-training: the weights of another model. One without context has learned neither tau_2
-    nor b_2: they start as tau_1, b_1. Raises UserError if the models differ."""
+    """Post-training: all weights of another model, tau_ctx too. One without context has learned
+    neither tau_2 nor b_2: they start as tau_1, b_1. Raises UserError if the models differ."""
     if base.vocabulary != model.vocabulary or str(base) != str(model):
-        raise UserError("--init: that model has other words, or another encoder, width, image size")
+        raise UserError("--init: that model has other words, or another encoder or width")
     model.load_state_dict(base.state_dict())
     if not base.settings.has_context:
         for learned in (model.log_tau, model.b):
@@ -476,9 +479,8 @@ def load(path, device="cpu"):
     settings = replace(saved["settings"], pretrained=False)  # no download
     model = ContextCLIP(settings, saved["vocabulary"])
     model.load_state_dict(saved["model"])
-    step = saved["log"][-1]["step"]
-    if step < settings.steps:
-        print(f"note: the training of {path} is not finished, step {step} of {settings.steps}")
+    if saved["log"][-1]["step"] < settings.steps:
+        print(f"note: the training of {path} is not finished")
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -810,7 +812,7 @@ class Photos:
         """Recall in percent on held-out images: of how many captions one of the k nearest images
         is right, its own or one that has the same caption."""
         tokens = self.tokens[self.n :]
-        owner, place = (tokens[:, :, 0] != 0).nonzero(as_tuple=True)  # (M,), of M captions
+        owner, place = tokens[:, :, 0].nonzero(as_tuple=True)  # (M,), of M captions
         captions, text = tokens[owner, place].unique(dim=0, return_inverse=True)
         x = embed_images(model, self.images[self.n :] / 255)
         cosines = F.normalize(model.encode_text(captions)) @ x.T  # (distinct captions, images)

@@ -109,7 +109,7 @@ def tip_adapter_f(x, X, Y, T, scale, a, b, lr, steps=20):
     images, at most 128 a step, each classified by the others' keys and the text."""
     keys = X.clone().requires_grad_()
     generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW([keys], lr=lr, eps=1e-4)
+    optimizer = torch.optim.AdamW([keys], lr, eps=1e-4)
     for _ in range(steps):
         rows = torch.randperm(len(X), generator=generator)[:128].to(X.device)
         x_s, y_s = X[rows], Y[rows]
@@ -262,7 +262,7 @@ def read_images(source, args, model):
     names = [re.sub(r"^\d - ", "", name).replace("_", " ") for name in data.classes]
     names = [cc.NUMERALS[int(n)] if re.fullmatch("[0-9]", n) else n for n in names]
     captions = [[text.replace("{}", name) for text in args.template] for name in names]
-    tokens = {str(cc.tokenize(texts, model.vocabulary)) for texts in captions}
+    tokens = {str(cc.tokenize(texts, model.vocabulary).tolist()) for texts in captions}
     group = "own" if len(tokens) == len(names) else "unnamed"
     if group == "unnamed":
         print(f"{source}: to the models some classes have the same caption: no zero-shot")

@@ -9,7 +9,7 @@ python figures/study.py variance       what embeddings carry: the character, the
 python figures/study.py attention      which cards an image attends to
 python figures/study.py cards          training cards with their captions
 python figures/study.py real           images of --data DIR [DIR ...] as they are and with plates
-python figures/study.py speed          against the plain PyTorch way, on cards or --data DIR
+python figures/study.py speed          against the plain PyTorch way, on captions, --data DIR
 """
 
 import argparse
@@ -26,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from torchvision import datasets, transforms
 
 FIGURES = Path(__file__).resolve().parent
@@ -321,20 +320,14 @@ def collate(read, pairs):
 
 def load_plainly(data, settings):
     """The plain PyTorch way to draw a batch, for `cc.train`: workers, one per core, open and crop
-    images, or bend characters, to which no plate, shades and noise are added."""
-    if settings.is_cards:
-        images = [*map(Image.fromarray, data.glyphs[data.train, 0].numpy(force=True))] * 100
-        tokens = data.tokens.cpu().repeat(100, 1)
-        bilinear = transforms.InterpolationMode.BILINEAR
-        steps = [transforms.RandomAffine(9, (0.16, 0.16), (0.8, 1.6), 11, bilinear)]
-    else:
-        images, captions = zip(*cc.read_captions(Path(settings.data)), strict=True)
-        tokens = cc.tokenize(captions, data.vocabulary)
-        crop = transforms.RandomResizedCrop(settings.image_size, (0.5, 1))
-        steps = [datasets.folder.pil_loader, crop, transforms.RandomHorizontalFlip()]
-    read = transforms.Compose([*steps, transforms.ToTensor()])
+    images."""
+    paths, captions = zip(*cc.read_captions(Path(settings.data)), strict=True)
+    tokens = cc.tokenize(captions, data.vocabulary)
+    crop = transforms.RandomResizedCrop(settings.image_size, (0.5, 1))
+    flip = transforms.RandomHorizontalFlip()
+    read = transforms.Compose([datasets.folder.pil_loader, crop, flip, transforms.ToTensor()])
     loader = torch.utils.data.DataLoader(
-        list(zip(images, tokens, strict=True)),
+        list(zip(paths, tokens, strict=True)),
         settings.batch_size,
         shuffle=True,
         drop_last=True,
@@ -347,11 +340,9 @@ def load_plainly(data, settings):
 
 
 def measure_speed(args):
-    """Images/s of training, ours and plain in float32; on cards, or on --data at 64 pixels."""
-    settings, data = replace(DEFAULT, steps=400), get_cards()
-    if args.data:
-        settings = replace(settings, data=args.data[0], image_size=64)
-        data = cc.Photos(data.device, settings)
+    """Images/s of training on captions of one's own at 64 pixels, ours and plain in float32."""
+    settings = replace(DEFAULT, steps=400, data=args.data[0], image_size=64)
+    data = cc.Photos(cc.choose_device(cpu=False), settings)
     for way in ("ours", "plain"):
         if way == "plain":
             data.draw_batch = load_plainly(data, settings)
@@ -380,8 +371,8 @@ def run(args):
     name = args.study + "_sigmoid" * args.sigmoid
     if args.cap != DEFAULT.tau_max:
         name += f"_cap{args.cap:g}"
-    if args.study == "real" and not args.data:
-        raise cc.UserError("real needs --data, folders that hold a folder per class")
+    if args.study in ("real", "speed") and not args.data:
+        raise cc.UserError("real needs --data, folders of class folders; speed --data, captions")
     picture, table = FIGURES / f"{name}.png", FIGURES / f"{name}.csv"
     measure, show = STUDIES.get(args.study, (measure_sweep, show_sweep))
     if measure and not args.draw:
