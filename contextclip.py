@@ -547,7 +547,7 @@ class Cards:
     (N, 16): what a typeface draws; rows of characters: train (n,), validation, a list per task;
     tokens (n, L + 4) of the trained names, with room for number_tokens (1000, 4)."""
 
-    def __init__(self, device, settings):
+    def __init__(self, device):
         self.device = device
         self.characters, glyphs, plates = draw_typefaces()
         self.glyphs, self.plates = glyphs.to(device), plates.to(device)
@@ -859,7 +859,7 @@ def run(args):
         sys.stdout = open(os.devnull, "w")
 
     args.out.mkdir(parents=True, exist_ok=True)
-    data = Cards(device, runs[0]) if runs[0].is_cards else Photos(device, runs[0])
+    data = Cards(device) if runs[0].is_cards else Photos(device, runs[0])
     for settings in runs:
         train(settings, data, args.out)
     print("next: python fewshot.py, with the same --out")

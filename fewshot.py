@@ -438,7 +438,7 @@ def make_tasks(args, model, device):
         raise cc.UserError("--plate is laid over the images of --data, for models of cards")
     if not model.settings.is_cards:  # hyper-parameters: on half of the images of each class
         return [[OwnTask(*images, slice(i, None, 2)) for images in own] for i in (0, 1)]
-    cards = cc.Cards(device, model.settings)
+    cards = cc.Cards(device)
     tasks = [OwnTask(*images) for images in own] or card_tasks(cards, args.tasks)
     for task in tasks if args.plate else []:
         task.images = with_plates(task.images, cards)

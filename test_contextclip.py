@@ -60,7 +60,7 @@ def cards():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cc, "draw_typefaces", lambda: drawn)
         patch.setattr(cc, "EVERY", 20)
-        yield Cards("cpu", Settings())
+        yield Cards("cpu")
 
 
 def user_error(match):
@@ -579,7 +579,7 @@ def test_a_step_never_waits_for_the_gpu(tmp_path, change_batches):
         torch.cuda.set_sync_debug_mode("error" if 1 < n % 20 < 19 else "default")
         return batch
 
-    data = Cards(cc.choose_device(cpu=False), Settings())
+    data = Cards(cc.choose_device(cpu=False))
     change_batches(watch)
     for objective in cc.OBJECTIVES:
         train(data, tmp_path, objective, steps=20, float32=False)

@@ -43,7 +43,7 @@ COLORS = ["#D55E00", "#0072B2", "#009E73", "#555555"]
 @cache
 def get_cards():
     """The cards that all models see."""
-    return cc.Cards(cc.choose_device(cpu=False), DEFAULT)
+    return cc.Cards(cc.choose_device(cpu=False))
 
 
 def train(seed, **changes):
