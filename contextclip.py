@@ -262,7 +262,7 @@ class ContextCLIP(nn.Module):
         self.encode_text = TextEncoder(len(vocabulary), settings.width)
         tau = min(10.0 if settings.is_sigmoid else 5.0, settings.tau_max)
         self.log_tau = nn.Parameter(torch.tensor([tau, tau, settings.tau_ctx]).log())
-        self.b = nn.Parameter(torch.tensor([-10.0, -10.0]))
+        self.b = nn.Parameter(torch.full((2,), -10.0))
 
     def scalars(self):
         """tau_1, tau_2, tau_ctx, b_1, b_2 (5,). tau_1 and tau_2 multiply cosines, tau_ctx divides
@@ -451,7 +451,7 @@ def save(path, model, optimizer, log):
     torch.save(content, buffer)
     try:
         temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -565,7 +565,7 @@ class Cards:
 
         combinations = [i for i in rows if " with " in self.names[i] and self.knows(i)]
         others = [i for i in rows if i not in combinations]
-        self.validation = [combinations, others[:120]]
+        self.validation = [combinations, others[:40], others[40:80], others[80:120]]
 
     def rows_of(self, split, faces):
         """The characters of a split that typefaces of another, or of the same, can draw."""
@@ -839,7 +839,7 @@ def report_errors(parser, function, arguments):
         function(parser.parse_args(arguments))
     except KeyboardInterrupt:
         parser.exit(130, "stopped; the same command with --resume goes on\n")
-    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         parser.error(" ".join(str(error).split()))
 
 

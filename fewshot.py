@@ -442,7 +442,9 @@ def make_tasks(args, model, device):
     tasks = [OwnTask(*images) for images in own] or card_tasks(cards, args.tasks)
     for task in tasks if args.plate else []:
         task.images = with_plates(task.images, cards)
-    validation = [CardTask(cards, f"{rows[0]}", rows, "validation") for rows in cards.validation]
+    validation = [
+        CardTask(cards, f"{rows[0]}", rows[:40], "validation") for rows in cards.validation
+    ]
     return tasks, validation
 
 
