@@ -176,7 +176,8 @@ def show_sweep(rows, path):
             found = [select(rows, "accuracy", of=of, shots=shots, model=model) for of in points]
             cells.append(found)  # (points, tasks, seeds)
             x, y = ticks or points, np.mean(found, axis=1)
-            curves += [(model, x, y.mean(1), "-", color), ("_seeds", x, y, ".", color)]
+            line = "-" if ticks else "D"
+            curves += [(model, x, y.mean(1), line, color), ("_seeds", x, y, ".", color)]
         panels.append(((path.stem, f"{shots}, % right"), curves))
         for line, a, b in zip(lines, *cells, strict=True):
             line[shots] = f"{a.mean():.1f}, {b.mean():.1f}, {fs.signed(b - a)}"
