@@ -107,8 +107,11 @@ class Settings:
             raise UserError(f"--objective {self.objective!r}: it is one of {', '.join(OBJECTIVES)}")
         if not self.data:
             raise UserError("--data is empty: cards, or a folder or table of yours")
-        if min(self.steps, self.batch_size - 1, self.width - 1, self.image_size // 8) < 1:
-            raise UserError("at least --steps 1, --batch-size 2, --width 2, --image-size 8")
+        rates = min(self.lr, self.weight_decay, self.tau_max - 1, self.image_size - 1)
+        if not min(rates, self.steps - 1, self.batch_size - 2, self.width - 2) >= 0:
+            raise UserError(
+                "at least: --steps, --image-size, --tau-max 1; --batch-size, --width 2; others 0"
+            )
 
 
 # ---- 1. Contrastive losses -----------------------------------------------------------------------
@@ -349,8 +352,8 @@ def train(settings, data, out):
     forward = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     done, begin, recent = log[-1]["step"], time.perf_counter() - log[-1]["seconds"], []
 
-    remaining = range(done + 1, steps + 1)  # below, None: a bar only in a terminal
-    for step in tqdm(remaining, initial=done, total=steps, disable=RANK > 0 or None):
+    hidden = RANK > 0 or None  # None: a bar only in a terminal
+    for step in tqdm(range(done + 1, steps + 1), initial=done, total=steps, disable=hidden):
         # all that is random in a step: a resumed run is the same, objectives see the same batches;
         # a tuple of integers has the same hash everywhere
         torch.manual_seed(hash((settings.seed, step, RANK)))
@@ -374,14 +377,13 @@ def validate_and_save(row, losses, model, optimizer, data, log, path):
     """What happens every 200 steps: validate, print a line, append it to the log, save. losses
     (3,): of this process's rows, the mean since the last time. Raises UserError if they or the
     weights are not finite."""
-    norm = nn.utils.get_total_norm(model.parameters())[None]
-    values = torch.cat((losses, model.scalars(), norm)).tolist()
-    if not math.isfinite(sum(values)):
+    values = torch.cat((losses, model.scalars())).tolist()
+    if not math.isfinite(sum(values) + nn.utils.get_total_norm(model.parameters())):
         raise UserError(f"not finite at step {row['step']}, {path} is as it was; a lower --lr?")
     if RANK == 0:
         found = data.validate(model.eval())
         model.train()
-        log.append(row | dict(zip(LOGGED, values, strict=False)) | found)  # the norm is left out
+        log.append(row | dict(zip(LOGGED, values, strict=True)) | found)
         save(path, model, optimizer, log)
         write_csv(path.with_suffix(".csv"), log[1:])
         line = f"{path.stem}  step {row['step']}  {row['seconds']:.0f} s  loss {values[0]:.3f}"
@@ -563,7 +565,12 @@ class Cards:
         self.tokens = F.pad(tokenize(names, self.vocabulary), (0, 4)).to(device)
         self.number_tokens = tokenize(numbers, self.vocabulary).to(device)
 
-        combinations = [i for i in rows if " with " in self.names[i] and self.knows(i)]
+        combinations = [
+            i
+            for i in rows
+            if " with " in self.names[i]
+            and self.vocabulary.keys() >= {*split_words(self.names[i])}  # all of them trained
+        ]
         others = [i for i in rows if i not in combinations]
         self.validation = [combinations, others[:40], others[40:80], others[80:120]]
 
@@ -571,10 +578,6 @@ class Cards:
         """The characters of a split that typefaces of another, or of the same, can draw."""
         drawn = self.has_glyph[:, FACE_SPLITS[faces]].any(1).tolist()
         return [i for i, found in enumerate(self.splits) if found == split and drawn[i]]
-
-    def knows(self, character):
-        """Whether all words of its name were trained."""
-        return self.vocabulary.keys() >= {*split_words(self.names[character])}
 
     def draw_batch(self, settings):
         """This process's part of a batch, from the random state: images (n, 1, 32, 32) and tokens
@@ -791,8 +794,10 @@ class Photos:
 
         unknown = (tokens[tokens > 0] == 1).float().mean().item()
         long = sum(len(split_words(text)) > MAX_WORDS for text in texts)
-        self.about = f"{self.n:,} images, {len(self.vocabulary):,} words, {unknown:.0%} unknown"
-        self.about += f", {long:,} captions cut to {MAX_WORDS} words"
+        self.about = (
+            f"{self.n:,} images, {len(self.vocabulary):,} words, {unknown:.0%} unknown, "
+            f"{long:,} captions cut to {MAX_WORDS} words"
+        )
 
     def draw_batch(self, settings):
         """This process's part of a batch: images (n, 3, S, S) in [0, 1] and tokens (n, L). No image

@@ -206,8 +206,6 @@ def card_tasks(cards, names=TASKS):
         group, pattern = TASKS[name].split(" ", 1)
         rows = cards.rows_of("train" if group == "seen" else "test", FACES[group])
         rows = [i for i in rows if re.match(pattern, f"{cards.characters[i]} {cards.names[i]}")]
-        if group == "combined":
-            rows = [i for i in rows if cards.knows(i)]
         rows.sort(key=lambda i: zlib.crc32(cards.names[i].encode()))  # by chance
         tasks.append(CardTask(cards, name, sorted(rows[:40]), group))
     return tasks
@@ -397,7 +395,8 @@ def report(table, shots):
             counts = [f"{(values.mean(1) > 0).sum()}" for values in means]
             print(f"tasks that gain, of {len(means[0])}:", ", ".join(counts))
             several = [values for values, k in zip(means, shots, strict=True) if k >= 4]
-            print(f"{MEAN}, 4 shots and more: {signed(np.mean(several or means, axis=0))}")
+            title = f"{MEAN}, {'4 shots and more' if several else 'all shots'}"
+            print(f"{title}: {signed(np.mean(several or means, axis=0))}")
             curves = [[table[model][MEAN, k].mean() for k in shots] for model in (base, context)]
             times = efficiency(*curves, shots)
             print("sample efficiency:", *(f" {k}-shot {times[k]:.1f}" for k in times))

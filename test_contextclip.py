@@ -965,10 +965,13 @@ def test_the_recipes_of_the_readme_turn_other_formats_into_a_table(kind, tmp_pat
 # ---- 7. The command line -------------------------------------------------------------------------
 BAD = """contextclip --objective clop: it is one of clip, siglip, clixp, siglixp
 contextclip --objective clip,: it is one of
-contextclip --batch-size 1: at least --steps 1, --batch-size 2, --width 2, --image-size 8
+contextclip --batch-size 1: at least: --steps, --image-size, --tau-max 1; --batch-size, --width 2
 contextclip --steps 0: at least
 contextclip --width 1: at least
-contextclip --image-size 7: at least
+contextclip --lr -1: at least
+contextclip --image-size 0: at least
+contextclip --weight-decay -1: at least
+contextclip --tau-max 0: at least
 contextclip --lr x: argument --lr: invalid float value: 'x'
 contextclip --encoder resnet19: --encoder resnet19, --image-size 32: Unknown model
 contextclip --encoder fcn_resnet50: --encoder fcn_resnet50, --image-size
