@@ -41,7 +41,7 @@ class UserError(Exception):
 class Settings:
     """What determines a run, with the number of processes. Each is a flag of the command line:
 
-    objective: clip, siglip, with context clixp, siglixp; the flag takes several: clip,clixp
+    objective: clip, siglip, with context clixp, siglixp; the flag's default is two, clip,clixp
     data: cards, or images and captions of your own, a folder or a table
     image_size: pixels that the image encoder gets, both ways
     encoder: of images: cnn, or any classification model of torchvision
@@ -275,7 +275,7 @@ class ContextCLIP(nn.Module):
 
     def encode_image(self, images):
         """images (B, 1 or 3, S, S) in about [0, 1], of another size resized; the cnn of cards takes
-        one channel -> v (B, d) float32. As u = encode_text(tokens (B, L)) it is not normalised."""
+        one channel -> v (B, d) float32. Like u = encode_text(tokens (B, L)), not normalised."""
         images = transforms.functional.resize(images, [self.settings.image_size] * 2)
         images = 4 * images.expand(-1, self.channels, -1, -1) - 2  # mean 0, deviation about 1
         images = images.contiguous(memory_format=torch.channels_last)
@@ -306,7 +306,7 @@ def split_words(caption):
 
 
 def build_vocabulary(captions, min_count=1):
-    """{word: token} of words that come `min_count` times; 0 is padding, 1 any other word."""
+    """{word: token} of words that come `min_count` times or more; 0 is padding, 1 other words."""
     counts = Counter(word for caption in captions for word in split_words(caption))
     words = sorted(word for word in counts if counts[word] >= min_count)
     return {word: token for token, word in enumerate(["<pad>", "<unk>", *words])}
