@@ -41,7 +41,7 @@ class UserError(Exception):
 class Settings:
     """What determines a run, with the number of processes. Each is a flag of the command line:
 
-    objective: clip, siglip, with context clixp, siglixp; the flag's default is two, clip,clixp
+    objective: clip, siglip, with context clixp, siglixp; the flag takes several: a,b
     data: cards, or images and captions of your own, a folder or a table
     image_size: pixels that the image encoder gets, both ways
     encoder: of images: cnn, or any classification model of torchvision
@@ -879,7 +879,7 @@ def main(arguments=None):
         kind = {"type": type(default), "metavar": "X"}
         if default is False:
             kind = {"action": "store_true"}
-        kind |= {"default": default, "help": f"{helps[name]} ({default})"}
+        kind |= {"default": default, "help": f"{helps[name]} (%(default)s)"}
         add(f"--{name.replace('_', '-')}", **kind)
     parser.set_defaults(objective="clip,clixp")
     add("--cpu", action="store_true", help="use no accelerator")
