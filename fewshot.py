@@ -211,6 +211,11 @@ def card_tasks(cards, names=TASKS):
     return tasks
 
 
+def validation_tasks(cards):
+    """Tasks to choose hyper-parameters on, of characters that neither train nor test."""
+    return [CardTask(cards, f"{rows[0]}", rows[:40], "validation") for rows in cards.validation]
+
+
 class OwnTask:
     """Images of your own: images (N, 1 or 3, S, S), labels (N,) of C classes; captions: a list for
     each class. `part` of each class's images is used."""
@@ -441,10 +446,7 @@ def make_tasks(args, model, device):
     tasks = [OwnTask(*images) for images in own] or card_tasks(cards, args.tasks)
     for task in tasks if args.plate else []:
         task.images = with_plates(task.images, cards)
-    validation = [
-        CardTask(cards, f"{rows[0]}", rows[:40], "validation") for rows in cards.validation
-    ]
-    return tasks, validation
+    return tasks, validation_tasks(cards)
 
 
 def run(args):

@@ -140,9 +140,7 @@ def measure_sweep(args):
     of two draws of images; zero-shot on the tasks of known words."""
     cards, methods = get_cards(), ["zero-shot", *fs.TRAINING_FREE]
     tasks = fs.card_tasks(cards)
-    validation = [
-        fs.CardTask(cards, f"{rows[0]}", rows[:40], "validation") for rows in cards.validation
-    ]
+    validation = fs.validation_tasks(cards)
     for (of, pair), seed in product(get_pairs(args).items(), range(args.seeds)):
         start = {}
         if args.study == "post":
