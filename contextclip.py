@@ -147,7 +147,7 @@ def contextualize(i, X, V, tau_ctx, mask=True):
 
 
 def lixp_loss(v, u, scalars, settings):
-    """L_LIxP = alpha L(X, T; tau_1) + (1 - alpha) L(X_ctx, T; tau_2); of a base L(X, T; tau_1).
+    """L_LIxP = alpha L(X, T; tau_1) + (1 - alpha) L(X_ctx, T; tau_2), or the first L alone.
     v, u (n, d): embeddings of this process's images and texts, not normalised; scalars (5,) of
     `ContextCLIP.scalars`. Gradients flow through queries, keys and values. Returns (3,) nats, means
     over the n pairs: the loss, its plain term, its context term."""
@@ -183,8 +183,8 @@ def in_blocks(chunk, function, i, *inputs):
 
 
 def gather(x):
-    """Rows of this process -> rows of all, by rank. Gradients come back from all, summed here;
-    DistributedDataParallel divides them by the number of processes."""
+    """Rows of this process -> rows of all, by rank. The losses of all use them, each process
+    averages its own: gradients are summed here, and divided by DistributedDataParallel."""
     if WORLD_SIZE == 1:
         return x
 
@@ -195,7 +195,7 @@ def gather(x):
 
     parts = [torch.empty_like(x) for _ in range(WORLD_SIZE)]
     dist.all_gather(parts, x.detach())
-    parts[RANK] = x  # the one with a history
+    parts[RANK] = x  # the only one with gradients
     everyone = torch.cat(parts)
     everyone.register_hook(sum_over_processes)
     return everyone
@@ -269,7 +269,7 @@ class ContextCLIP(nn.Module):
 
     def scalars(self):
         """tau_1, tau_2, tau_ctx, b_1, b_2 (5,). tau_1 and tau_2 multiply cosines, tau_ctx divides
-        them; each is the exponential of what is learned. One tensor: those that a loss does not
+        them; each tau is the exponential of what is learned. One tensor: those that a loss does not
         use have gradients of 0, not none, as DistributedDataParallel needs."""
         return torch.cat((self.log_tau.exp(), self.b))
 
@@ -326,12 +326,12 @@ def embed_images(model, images):
 
 
 def embed_classes(model, captions):
-    """C lists of as many captions each -> T (C, d) normalised, the mean of each list. A model of
+    """C lists of equally many captions -> T (C, d) normalised, the mean of each list. A model of
     cards expects a number after a name: the mean is over ten too, 000, 111, ... 999."""
     endings = [""]
     if model.settings.is_cards and model.settings.number_share:
         endings = [f" {spell(number)}" for number in range(0, 1000, 111)]
-    texts = [text + ending for texts in captions for text in texts for ending in endings]
+    texts = [text + ending for group in captions for text in group for ending in endings]
     tokens = tokenize(texts, model.vocabulary).to(model.b.device)
     t = F.normalize(model.encode_text(tokens)).unflatten(0, (len(captions), -1))
     return F.normalize(t.mean(1))
@@ -414,7 +414,7 @@ def start(settings, data, path):
     )
     log = [{"step": 0, "seconds": 0.0}]
 
-    chance = math.log(settings.batch_size) + settings.is_sigmoid  # about: cosines 0, b at best
+    chance = math.log(settings.batch_size) + settings.is_sigmoid  # sigmoid, its best b: +1
     print(f"{path.stem}: {data.device}, {data.about}; loss at chance {chance:.2f}")
     if path.exists():
         saved = read_checkpoint(path)

@@ -2,13 +2,13 @@
 
 python figures/study.py ablations      context with one part changed
 python figures/study.py tau_max        both models at caps of the temperatures
-python figures/study.py number_share   or steps, width: both models at values of a setting
+python figures/study.py number_share   both models, by the share of captions that name the number
 python figures/study.py post           a finished base, continued without and with context
-python figures/study.py emergence      losses, temperatures, accuracy in training; frontier.png
-python figures/study.py variance       what embeddings carry: the character, the number
+python figures/study.py replay         both models, each also with the tau_1 of the other
+python figures/study.py emergence      losses, temperatures, accuracy in training
+python figures/study.py variance       what embeddings carry, at the caps of tau_max
 python figures/study.py attention      which cards an image attends to
 python figures/study.py cards          training cards with their captions
-python figures/study.py real           images of --data DIR [DIR ...] as they are and with plates
 python figures/study.py speed          against the plain PyTorch way, on captions, --data DIR
 """
 
@@ -20,8 +20,9 @@ import tempfile
 import textwrap
 from dataclasses import replace
 from functools import cache, partial
-from itertools import chain, product, repeat
+from itertools import chain, count, product, repeat
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -46,18 +47,38 @@ def get_cards():
     return cc.Cards(cc.choose_device(cpu=False))
 
 
-def train(seed, **changes):
-    """Train a model with changes of the default settings, if it is not there -> its checkpoint."""
+def train(seed, tau_of=None, **changes):
+    """Train a model with changes of the default settings, if it is not there -> its checkpoint.
+    tau_of: an objective, whose tau_1 it has, step by step."""
     settings = replace(DEFAULT, seed=seed, **changes)
+    if tau_of == settings.objective:
+        tau_of = None
     changed = [
         f"{name}={value}"
-        for name, value in changes.items()
-        if name != "objective" and value != getattr(DEFAULT, name)
+        for name, value in (changes | {"tau_of": tau_of}).items()
+        if name != "objective" and value != getattr(DEFAULT, name, None)
     ]
     folder = RUNS / ("-".join(changed).replace("/", ".") or "default") / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    cc.train(settings, get_cards(), folder)
-    return folder / f"{settings.objective}.pt"
+    path, loss = folder / f"{settings.objective}.pt", cc.lixp_loss
+    if tau_of:
+        loss = replay(train(seed, **changes | {"objective": tau_of}), path)
+    with mock.patch.object(cc, "lixp_loss", loss):
+        cc.train(settings, get_cards(), folder)
+    return path
+
+
+def replay(other, path):
+    """`lixp_loss` with tau_1 of another model's log; a run at `path` goes on where it stopped."""
+    log, own, loss = read_rows(other.with_suffix(".csv")), path.with_suffix(".csv"), cc.lixp_loss
+    now = count(int(read_rows(own)[-1]["step"]) + 1 if own.exists() else 1)
+
+    def lixp_loss(v, u, scalars, settings):  # scalars[0] has no gradient, stays where it starts
+        taus = [scalars[0].item(), *(float(row["tau_1"]) for row in log)]
+        tau_1 = np.interp(next(now), [0, *(float(row["step"]) for row in log)], taus)
+        return loss(v, u, torch.cat((scalars.new_tensor([tau_1]), scalars[1:])), settings)
+
+    return lixp_loss
 
 
 def load(path):
@@ -99,8 +120,9 @@ def draw_panels(panels, path, ticks=()):
         if ticks:
             axis.set_xscale("symlog", linthresh=1)  # linear from 0 to 1
             axis.set_xticks(ticks, [f"{value:g}" for value in ticks])
+            axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, framealpha=0.5)
     figure.savefig(path, dpi=130)
 
 
@@ -110,6 +132,7 @@ def sweep(setting, values):
     return {f"{value:g}": {setting: value} for value in values}
 
 
+CAPS = [100.0, 28.0, 14.0, 9.0, 6.0]
 SWEEPS = {
     "ablations": {
         "no mask": {"no_mask": True},
@@ -117,21 +140,23 @@ SWEEPS = {
         "one tau": {"shared_temperature": True},
         "V detached": {"detach_values": True},
     },
-    "tau_max": sweep("tau_max", [100.0, 28.0, 14.0, 9.0, 6.0, 4.0]),
+    "tau_max": sweep("tau_max", CAPS),
+    "variance": sweep("tau_max", CAPS),
     "number_share": sweep("number_share", [0.0, 0.5, 0.9, 1.0]),
-    "steps": sweep("steps", [400, 800, 1600, 3200]),
-    "width": sweep("width", [32, 64, 128]),
     "post": sweep("steps", [25, 100, 400]),
+    "replay": {},
 }
 
 
 def get_pairs(args):
     """{point of the sweep: {model: changed settings}}, two models that see the same images."""
-    context = {"objective": args.context, "tau_max": args.cap}
-    base, points = context | {"objective": args.base}, SWEEPS[args.study]
+    base, context = ({"objective": m, "tau_max": args.cap} for m in (args.base, args.context))
+    points = SWEEPS[args.study]
     if args.study == "ablations":
         points = {args.base: base} | points
         return {of: {args.context: context, "changed": context | c} for of, c in points.items()}
+    if args.study == "replay":
+        points = {f"tau_1 of {model}": {"tau_of": model} for model in (args.base, args.context)}
     return {of: {args.base: base | c, args.context: context | c} for of, c in points.items()}
 
 
@@ -157,40 +182,41 @@ def measure_sweep(args):
                 "of": of,
                 "seed": seed,
                 "model": model,
-                "shots": f"{shots}-shot" if shots else "zero-shot",
+                "measure": f"{shots}-shot" if shots else "zero-shot",
                 "task": task,
-                "accuracy": round(np.mean(values), 3),
+                "percent": round(np.mean(values), 3),
             }
 
 
 def show_sweep(rows, path):
-    """Print both models' accuracies and their difference; draw both, with dots for the seeds."""
+    """Print what was measured of both models, and the difference; draw the first and the last, with
+    dots for the seeds."""
     models, points = names_of(rows, "model"), names_of(rows, "of")
-    lines, panels = [{path.stem: of} for of in points], []
-    ticks = [] if path.stem.startswith("ablations") else [float(of) for of in points]
-    for shots in SHOTS:
+    study = path.stem.split("-")[0].replace("variance", "tau_max")
+    lines, panels = [{study: of} for of in points], []
+    ticks = [] if study in ("ablations", "replay") else [float(of) for of in points]
+    for measure in names_of(rows, "measure"):
         cells, curves = [], []
         for color, model in zip(COLORS, models, strict=False):
-            found = [select(rows, "accuracy", of=of, shots=shots, model=model) for of in points]
+            found = [select(rows, "percent", of=of, measure=measure, model=model) for of in points]
             cells.append(found)  # (points, tasks, seeds)
             x, y = ticks or points, np.mean(found, axis=1)
             line = "-" if ticks else "D"
             curves += [(model, x, y.mean(1), line, color), ("_seeds", x, y, ".", color)]
-        panels.append(((path.stem, f"{shots}, % right"), curves))
+        panels.append(((study, f"{measure}, %"), curves))
         for line, a, b in zip(lines, *cells, strict=True):
-            line[shots] = f"{a.mean():.1f}, {b.mean():.1f}, {fs.signed(b - a)}"
+            line[measure] = f"{a.mean():.1f}, {b.mean():.1f}, {fs.signed(b - a)}"
     print(f"{', '.join(models)}, difference with its 95 % interval")
     print_table(lines)
-    draw_panels(dict([panels[0], panels[-1]]), path, ticks)  # zero-shot, 16-shot
+    draw_panels(dict([panels[0], panels[-1]]), path, ticks)
 
 
 # ---- During training -----------------------------------------------------------------------------
-PANELS = {  # (column of x, title of y): columns of y
-    ("step", "loss in nats"): ["plain_loss", "context_loss"],
-    ("step", "temperatures"): ["tau_1", "tau_2"],
-    ("step", "tau_ctx sqrt(d)"): ["tau_ctx sqrt(d)"],
-    ("step", "validation, % right"): SHOTS,
-    ("zero-shot", "16-shot"): ["16-shot"],  # the frontier, a picture of its own
+PANELS = {  # title of y: columns
+    "loss in nats": ["plain_loss", "context_loss"],
+    "temperatures": ["tau_1", "tau_2"],
+    "tau_ctx sqrt(d)": ["tau_ctx sqrt(d)"],
+    "validation, % right": SHOTS,
 }
 OF_CONTEXT = "context_loss", "tau_2", "tau_ctx sqrt(d)"  # the base does not learn them
 
@@ -206,25 +232,17 @@ def measure_emergence(args):
 
 
 def show_emergence(rows, path):
-    """Draw the logs, means over seeds, and zero-shot against 16-shot accuracy; print of the latter
-    the best point and the end."""
+    """Draw the logs, means over seeds."""
     panels, models = {}, names_of(rows, "model")
     means = {(m, c): select(rows, c, model=m).mean(1) for m in models for c in list(rows[0])[1:]}
-    for (across, up), columns in PANELS.items():
-        panels[across, up] = curves = []
+    for up, columns in PANELS.items():
+        panels["step", up] = curves = []
         for model, (i, column) in product(models, enumerate(columns)):
             style = "-" if model.endswith("xp") else "--"
             if style == "-" or column not in OF_CONTEXT:
-                x, y = means[model, across], means[model, column]
+                x, y = means[model, "step"], means[model, column]
                 curves.append((f"{column}, {model}", x, y, style, COLORS[i]))
-    frontier = dict([panels.popitem()])
     draw_panels(panels, path)
-    draw_panels(frontier, path.with_name(path.name.replace("emergence", "frontier")))
-
-    for model in models:
-        step, few = means[model, "step"], means[model, "16-shot"]
-        best = f"best at step {step[few.argmax()]:.0f}, {few.max():.1f}"
-        print(f"{model}: 16-shot accuracy is {best}; at the end {few[-1]:.1f}")
 
 
 # ---- What embeddings carry -----------------------------------------------------------------------
@@ -240,18 +258,19 @@ def draw_some(count, kinds):
 
 
 def measure_variance(args):
-    """Percent of the embeddings' variance that character, and number, explain linearly."""
+    """Percent of the embeddings' variance that the character, and the number, explain linearly."""
     images, characters, digits = draw_some(8000, 100)
-    for objective, seed in product(cc.OBJECTIVES, range(args.seeds)):
-        model = load(train(seed, objective=objective, tau_max=args.cap))
-        x = cc.embed_images(model, images)
-        x = x - x.mean(0)
-        row = {"objective": objective, "seed": seed}
-        for name, cause in (("character", characters[:, None]), ("number", digits)):
-            A = torch.nn.functional.one_hot(cause).flatten(1).float()
-            explained = A @ (torch.linalg.pinv(A) @ x)
-            row[name] = round((100 * explained.var() / x.var()).item(), 3)
-        yield row
+    causes = {"character": characters[:, None], "number": digits}
+    for (of, pair), seed in product(get_pairs(args).items(), range(args.seeds)):
+        for name, changes in pair.items():
+            x = cc.embed_images(load(train(seed, **changes)), images)
+            x = x - x.mean(0)
+            row = {"of": of, "seed": seed, "model": name, "task": "variance"}
+            for measure, labels in causes.items():
+                A = torch.nn.functional.one_hot(labels).flatten(1).float()
+                explained = A @ (torch.linalg.pinv(A) @ x)
+                percent = round((100 * explained.var() / x.var()).item(), 3)
+                yield row | {"measure": measure, "percent": percent}
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -302,17 +321,6 @@ def draw_cards(args, path):
     draw_grid(cells, 6, path, scale=1.9)
 
 
-def draw_real(args, path):
-    """Images of your own, a row per folder of class folders: as they are, and with plates."""
-    cells = []
-    for source in args.data:
-        dataset = datasets.ImageFolder(source, cc.preprocess(DEFAULT))
-        images = torch.stack([dataset[i * len(dataset) // 6][0] for i in range(6)])
-        for image in (*images, *fs.with_plates(images, get_cards())):
-            cells.append((image, Path(source).name, "white"))
-    draw_grid(cells, 12, path)
-
-
 # ---- Speed ---------------------------------------------------------------------------------------
 def collate(read, pairs):
     """[(what `read` makes an image of, tokens)] -> a batch."""
@@ -342,7 +350,7 @@ def load_plainly(data, settings):
 
 def measure_speed(args):
     """Images/s of training on captions of one's own at 64 pixels, ours and plain in float32."""
-    settings = replace(DEFAULT, steps=400, data=args.data[0], image_size=64)
+    settings = replace(DEFAULT, steps=400, data=args.data, image_size=64)
     data = cc.Photos(cc.choose_device(cpu=False), settings)
     for way in ("ours", "plain"):
         if way == "plain":
@@ -358,22 +366,21 @@ def measure_speed(args):
 # ---- The command line ----------------------------------------------------------------------------
 STUDIES = {  # name, besides sweeps: what yields the rows of the CSV file, what shows them
     "emergence": (measure_emergence, show_emergence),
-    "variance": (measure_variance, print_table),
+    "variance": (measure_variance, show_sweep),
     "speed": (measure_speed, print_table),
     "attention": (None, draw_attention),
     "cards": (None, draw_cards),
-    "real": (None, draw_real),
 }
 
 
 def run(args):
     """Measure, print and draw one study."""
     args.base, args.context = cc.OBJECTIVES[args.sigmoid :: 2]  # clip, clixp; or siglip, siglixp
-    name = args.study + "_sigmoid" * args.sigmoid
+    name = args.study + "-sigmoid" * args.sigmoid
     if args.cap != DEFAULT.tau_max:
-        name += f"_cap{args.cap:g}"
-    if args.study in ("real", "speed") and not args.data:
-        raise cc.UserError("real needs --data, folders of class folders; speed --data, captions")
+        name += f"-cap{args.cap:g}"
+    if args.study == "speed" and not args.data:
+        raise cc.UserError("speed needs --data, captions")
     picture, table = FIGURES / f"{name}.png", FIGURES / f"{name}.csv"
     measure, show = STUDIES.get(args.study, (measure_sweep, show_sweep))
     if measure and not args.draw:
@@ -384,12 +391,12 @@ def run(args):
 def main(arguments=None):
     parser = argparse.ArgumentParser("study", argparse.SUPPRESS, __doc__.splitlines()[0])
     add = parser.add_argument
-    add("study", choices=[*SWEEPS, *STUDIES])
+    add("study", choices=list(SWEEPS | STUDIES))
     add("--seeds", type=int, default=3, choices=range(1, 11), help="of training (3)")
     add("--draw", action="store_true", help="only print and draw again, from the CSV file")
     add("--sigmoid", action="store_true", help="siglip and siglixp instead of clip and clixp")
     add("--cap", type=float, default=DEFAULT.tau_max, help="tau_max of all models")
-    add("--data", nargs="+", default=[], help="of real: folders of images; of speed: captions")
+    add("--data", help="captions, of speed")
     cc.report_errors(parser, run, arguments)
 
 
