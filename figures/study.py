@@ -142,7 +142,7 @@ SWEEPS = {
     },
     "tau_max": sweep("tau_max", CAPS),
     "variance": sweep("tau_max", CAPS),
-    "number_share": sweep("number_share", [0.0, 0.5, 0.9, 1.0]),
+    "number_share": sweep("number_share", [0.9, 1.0]),
     "post": sweep("steps", [25, 100, 400]),
     "replay": {},
 }
