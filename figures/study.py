@@ -72,10 +72,10 @@ def replay(other, path):
     """`lixp_loss` with tau_1 of another model's log; a run at `path` goes on where it stopped."""
     log, own, loss = read_rows(other.with_suffix(".csv")), path.with_suffix(".csv"), cc.lixp_loss
     now = count(int(read_rows(own)[-1]["step"]) + 1 if own.exists() else 1)
+    steps, taus = ([float(row[column]) for row in log] for column in ("step", "tau_1"))
 
     def lixp_loss(v, u, scalars, settings):  # scalars[0] has no gradient, stays where it starts
-        taus = [scalars[0].item(), *(float(row["tau_1"]) for row in log)]
-        tau_1 = np.interp(next(now), [0, *(float(row["step"]) for row in log)], taus)
+        tau_1 = np.interp(next(now), [0, *steps], [scalars[0].item(), *taus])
         return loss(v, u, torch.cat((scalars.new_tensor([tau_1]), scalars[1:])), settings)
 
     return lixp_loss
