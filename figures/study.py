@@ -132,7 +132,7 @@ def sweep(setting, values):
     return {f"{value:g}": {setting: value} for value in values}
 
 
-CAPS = [100.0, 28.0, 14.0, 9.0, 6.0]
+CAPS = sweep("tau_max", [100.0, 28.0, 14.0, 9.0, 6.0])
 SWEEPS = {
     "ablations": {
         "no mask": {"no_mask": True},
@@ -140,8 +140,8 @@ SWEEPS = {
         "one tau": {"shared_temperature": True},
         "V detached": {"detach_values": True},
     },
-    "tau_max": sweep("tau_max", CAPS),
-    "variance": sweep("tau_max", CAPS),
+    "tau_max": CAPS,
+    "variance": CAPS,
     "number_share": sweep("number_share", [0.9, 1.0]),
     "post": sweep("steps", [25, 100, 400]),
     "replay": {},
@@ -150,7 +150,7 @@ SWEEPS = {
 
 def get_pairs(args):
     """{point of the sweep: {model: changed settings}}, two models that see the same images."""
-    base, context = ({"objective": m, "tau_max": args.cap} for m in (args.base, args.context))
+    base, context = ({"objective": model} | args.all for model in (args.base, args.context))
     points = SWEEPS[args.study]
     if args.study == "ablations":
         points = {args.base: base} | points
@@ -169,7 +169,7 @@ def measure_sweep(args):
     for (of, pair), seed in product(get_pairs(args).items(), range(args.seeds)):
         start = {}
         if args.study == "post":
-            base = train(seed, objective=args.base, tau_max=args.cap)
+            base = train(seed, objective=args.base, **args.all)
             start = {"init": str(base), "lr": 5e-4}
         models = {name: load(train(seed, **start, **changes)) for name, changes in pair.items()}
         chosen = [*fs.choose(models, validation, methods, [1, 4, 16], queries=16)]
@@ -224,7 +224,7 @@ OF_CONTEXT = "context_loss", "tau_2", "tau_ctx sqrt(d)"  # the base does not lea
 def measure_emergence(args):
     """The rows of the logs of both models' training."""
     for objective, seed in product((args.base, args.context), range(args.seeds)):
-        path = train(seed, objective=objective, tau_max=args.cap)
+        path = train(seed, objective=objective, **args.all)
         for row in read_rows(path.with_suffix(".csv")):
             row["tau_ctx sqrt(d)"] = float(row["tau_ctx"]) * DEFAULT.width**0.5
             numbers = {column: round(float(value), 3) for column, value in row.items()}
@@ -289,7 +289,7 @@ def draw_grid(cells, columns, path, scale=1):
 def draw_attention(args, path):
     """Cards and the six that each attends to most: green the same character, orange two digits in
     common; print what share of the attention goes to them, where there are any."""
-    model = load(train(0, objective=args.context, tau_max=args.cap))
+    model = load(train(0, objective=args.context, **args.all))
     images, characters, digits = draw_some(DEFAULT.batch_size, len(get_cards().train))
     X, i = cc.embed_images(model, images), torch.arange(len(images), device=images.device)
     weights = 100 * cc.contextualize(i, X, torch.eye(len(X)).to(X), model.scalars()[2])
@@ -376,11 +376,11 @@ STUDIES = {  # name, besides sweeps: what yields the rows of the CSV file, what 
 def run(args):
     """Measure, print and draw one study."""
     args.base, args.context = cc.OBJECTIVES[args.sigmoid :: 2]  # clip, clixp; or siglip, siglixp
+    args.all = {"steps": args.steps, "tau_max": args.tau_max}
     name = args.study + "-sigmoid" * args.sigmoid
-    if args.cap != DEFAULT.tau_max:
-        name += f"-cap{args.cap:g}"
-    if args.study == "speed" and not args.data:
-        raise cc.UserError("speed needs --data, captions")
+    for setting, value in args.all.items():
+        if value != getattr(DEFAULT, setting):
+            name += f"-{setting}{value:g}"
     picture, table = FIGURES / f"{name}.png", FIGURES / f"{name}.csv"
     measure, show = STUDIES.get(args.study, (measure_sweep, show_sweep))
     if measure and not args.draw:
@@ -395,7 +395,8 @@ def main(arguments=None):
     add("--seeds", type=int, default=3, choices=range(1, 11), help="of training (3)")
     add("--draw", action="store_true", help="only print and draw again, from the CSV file")
     add("--sigmoid", action="store_true", help="siglip and siglixp instead of clip and clixp")
-    add("--cap", type=float, default=DEFAULT.tau_max, help="tau_max of all models")
+    add("--steps", type=int, default=DEFAULT.steps, help="of all models")
+    add("--tau-max", type=float, default=DEFAULT.tau_max, help="of all models")
     add("--data", help="captions, of speed")
     cc.report_errors(parser, run, arguments)
 
