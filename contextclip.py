@@ -54,7 +54,7 @@ class Settings:
     width: d, of the embeddings and of the encoders
     alpha: weight of the plain loss; the context loss has 1 - alpha
     tau_max: cap of tau_1 and tau_2, which multiply cosines (CLIP's logit scale)
-    tau_ctx: start of tau_ctx, which divides them: by tau_ctx sqrt(d)
+    tau_ctx: start of tau_ctx; the attention's cosines are divided by tau_ctx sqrt(d)
     number_share: share of the cards whose caption names their number
     float32: never bf16 in the image encoder (else where the hardware has it)
     chunk: rows of a block in which losses and attention are computed, to save memory; 0: all
@@ -122,7 +122,8 @@ class Settings:
 
 def clip_loss(i, X, T, tau, b=None):
     """Softmax contrastive loss, InfoNCE (Radford et al. 2021): logits s_ij = tau x_i.t_j, the mean
-    of the cross-entropies of image to text and of text to image, where j = i is right."""
+    of the cross-entropies of image to text and of text to image, where j = i is right. It has no b;
+    the argument is there so that both losses are called alike."""
     image_to_text = F.cross_entropy(tau * X[i] @ T.T, i, reduction="none")
     text_to_image = F.cross_entropy(tau * T[i] @ X.T, i, reduction="none")
     return (image_to_text + text_to_image) / 2
@@ -183,8 +184,9 @@ def in_blocks(chunk, function, i, *inputs):
 
 
 def gather(x):
-    """Rows of this process -> rows of all, by rank. The losses of all use them, each process
-    averages its own: gradients are summed here, and divided by DistributedDataParallel."""
+    """Rows of this process -> rows of all, by rank. A process needs all rows, as negatives and as
+    context, and averages the losses of its own. So a row has gradients from every process: they are
+    summed here, and DistributedDataParallel divides the sum by the number of processes."""
     if WORLD_SIZE == 1:
         return x
 
@@ -233,7 +235,8 @@ def torchvision_encoder(settings):
 
 class TextEncoder(nn.Module):
     """tokens (B, L) -> (B, d): the words' embeddings with their positions, pooled by attention. A
-    caption is a weighted sum of its words, so that new names of known words find their image."""
+    caption becomes `heads` weighted sums of its words, and a linear layer of these: so new
+    combinations of known words find their image."""
 
     def __init__(self, vocabulary_size, width, heads=8):
         super().__init__()
@@ -274,8 +277,9 @@ class ContextCLIP(nn.Module):
         return torch.cat((self.log_tau.exp(), self.b))
 
     def encode_image(self, images):
-        """images (B, 1 or 3, S, S) in about [0, 1], of another size resized; the cnn of cards takes
-        one channel -> v (B, d) float32. Like u = encode_text(tokens (B, L)), not normalised."""
+        """images (B, 1 or 3, S, S) in about [0, 1] -> v (B, d) float32, not normalised, as are
+        u = encode_text(tokens (B, L)). Images of another size are resized; the cnn of cards takes
+        images of one channel only."""
         images = transforms.functional.resize(images, [self.settings.image_size] * 2)
         images = 4 * images.expand(-1, self.channels, -1, -1) - 2  # mean 0, deviation about 1
         images = images.contiguous(memory_format=torch.channels_last)
@@ -352,10 +356,10 @@ def train(settings, data, out):
     forward = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     done, begin, recent = log[-1]["step"], time.perf_counter() - log[-1]["seconds"], []
 
-    hidden = RANK > 0 or None  # None: a bar only in a terminal
+    hidden = RANK > 0 or None  # None: tqdm shows a bar only in a terminal
     for step in tqdm(range(done + 1, steps + 1), initial=done, total=steps, disable=hidden):
-        # all that is random in a step: a resumed run is the same, objectives see the same batches;
-        # a tuple of integers has the same hash everywhere
+        # all that is random in a step: a resumed run is the same, objectives see the same batches
+        # (unlike a string's, the hash of integers is the same in every run)
         torch.manual_seed(hash((settings.seed, step, RANK)))
         images, tokens = data.draw_batch(settings)
         losses = forward(images, tokens)  # the loss, its plain term, its context term
@@ -364,7 +368,7 @@ def train(settings, data, out):
         optimizer.zero_grad()
         losses[0].backward()
         optimizer.step()
-        model.log_tau.data[:2].clamp_(0, math.log(settings.tau_max))  # 1 <= tau_1, tau_2
+        model.log_tau.data[:2].clamp_(0, math.log(settings.tau_max))  # 1 to tau_max
         recent.append(losses.detach())
 
         if step % EVERY == 0 or step == steps:
@@ -414,7 +418,7 @@ def start(settings, data, path):
     )
     log = [{"step": 0, "seconds": 0.0}]
 
-    chance = math.log(settings.batch_size) + settings.is_sigmoid  # sigmoid, its best b: +1
+    chance = math.log(settings.batch_size) + settings.is_sigmoid  # sigmoid, all logits -log B
     print(f"{path.stem}: {data.device}, {data.about}; loss at chance {chance:.2f}")
     if path.exists():
         saved = read_checkpoint(path)

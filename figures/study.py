@@ -26,6 +26,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torchvision import datasets, transforms
 
@@ -36,8 +37,9 @@ import fewshot as fs  # noqa: E402
 
 RUNS = Path("runs/study")
 DEFAULT = cc.Settings("clixp")
+B = DEFAULT.batch_size
 SHOTS = ["zero-shot", "1-shot", "4-shot", "16-shot"]
-COLORS = ["#D55E00", "#0072B2", "#009E73", "#555555"]
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#555555"]
 
 
 # ---- Training, tables, curves --------------------------------------------------------------------
@@ -189,11 +191,10 @@ def measure_sweep(args):
 
 
 def show_sweep(rows, path):
-    """Print what was measured of both models, and the difference; draw the first and the last, with
-    dots for the seeds."""
+    """Print what was measured of both models, and the difference; draw it, with dots for seeds."""
     models, points = names_of(rows, "model"), names_of(rows, "of")
     study = path.stem.split("-")[0].replace("variance", "tau_max")
-    lines, panels = [{study: of} for of in points], []
+    lines, panels = [{study: of} for of in points], {}
     ticks = [] if study in ("ablations", "replay") else [float(of) for of in points]
     for measure in names_of(rows, "measure"):
         cells, curves = [], []
@@ -203,12 +204,12 @@ def show_sweep(rows, path):
             x, y = ticks or points, np.mean(found, axis=1)
             line = "-" if ticks else "D"
             curves += [(model, x, y.mean(1), line, color), ("_seeds", x, y, ".", color)]
-        panels.append(((study, f"{measure}, %"), curves))
+        panels[study, f"{measure}, %"] = curves
         for line, a, b in zip(lines, *cells, strict=True):
             line[measure] = f"{a.mean():.1f}, {b.mean():.1f}, {fs.signed(b - a)}"
     print(f"{', '.join(models)}, difference with its 95 % interval")
     print_table(lines)
-    draw_panels(dict([panels[0], panels[-1]]), path, ticks)
+    draw_panels(panels, path, ticks)
 
 
 # ---- During training -----------------------------------------------------------------------------
@@ -246,31 +247,38 @@ def show_emergence(rows, path):
 
 
 # ---- What embeddings carry -----------------------------------------------------------------------
-def draw_some(count, kinds):
-    """Training cards, n = count, of the first `kinds` characters: images (n, 1, 32, 32), characters
-    (n,), digits (n, 3) of their numbers."""
-    torch.manual_seed(1)
+def draw_some(seed, kinds=100):
+    """A batch of B training cards, of the first `kinds` characters: images (B, 1, 32, 32),
+    characters (B,), digits (B, 3) of their numbers."""
+    torch.manual_seed(seed)
     cards = get_cards()
-    rows = torch.arange(count, device=cards.device)
-    characters, numbers = cc.integers(rows, 0, kinds), cc.integers(rows, 0, 1000)
+    numbers = cc.draw_different(1000, DEFAULT, cards.device)
+    characters = cc.integers(numbers, 0, kinds)
     images = cc.draw_cards(cards, cards.train[characters], numbers, "train")
     return images, characters, torch.stack([numbers // 100, numbers // 10 % 10, numbers % 10], 1)
 
 
 def measure_variance(args):
-    """Percent of the embeddings' variance that the character, and the number, explain linearly."""
-    images, characters, digits = draw_some(8000, 100)
-    causes = {"character": characters[:, None], "number": digits}
+    """Percent of the variance of embeddings X and of contextualised ones that the character, and
+    the number, explain linearly. All attend with one tau_ctx, about what context learns."""
+    images, characters, digits = map(torch.cat, zip(*map(draw_some, range(16)), strict=True))
+    causes, i = {"character": characters[:, None], "number": digits}, torch.arange(B)  # of a batch
     for (of, pair), seed in product(get_pairs(args).items(), range(args.seeds)):
         for name, changes in pair.items():
-            x = cc.embed_images(load(train(seed, **changes)), images)
-            x = x - x.mean(0)
-            row = {"of": of, "seed": seed, "model": name, "task": "variance"}
-            for measure, labels in causes.items():
-                A = torch.nn.functional.one_hot(labels).flatten(1).float()
+            X = cc.embed_images(load(train(seed, **changes)), images)
+            X_ctx = [cc.contextualize(i.to(X.device), part, part, 1 / 64) for part in X.split(B)]
+            embeddings = {"X": X, "X_ctx": F.normalize(torch.cat(X_ctx))}
+            for (cause, labels), (what, x) in product(causes.items(), embeddings.items()):
+                x = x - x.mean(0)
+                A = F.one_hot(labels).flatten(1).float()
                 explained = A @ (torch.linalg.pinv(A) @ x)
-                percent = round((100 * explained.var() / x.var()).item(), 3)
-                yield row | {"measure": measure, "percent": percent}
+                yield {
+                    "of": of,
+                    "seed": seed,
+                    "model": name,
+                    "measure": f"{cause} in {what}",
+                    "percent": round((100 * explained.var() / x.var()).item(), 3),
+                }
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -287,19 +295,15 @@ def draw_grid(cells, columns, path, scale=1):
 
 
 def draw_attention(args, path):
-    """Cards and the six that each attends to most: green the same character, orange two digits in
-    common; print what share of the attention goes to them, where there are any."""
+    """Cards and the six that each attends to most: green the same character, orange the same digit
+    in two places."""
     model = load(train(0, objective=args.context, **args.all))
-    images, characters, digits = draw_some(DEFAULT.batch_size, len(get_cards().train))
-    X, i = cc.embed_images(model, images), torch.arange(len(images), device=images.device)
-    weights = 100 * cc.contextualize(i, X, torch.eye(len(X)).to(X), model.scalars()[2])
+    images, characters, digits = draw_some(1, kinds=669)
+    X, i = cc.embed_images(model, images), torch.arange(B).to(images.device)
+    weights = 100 * cc.contextualize(i, X, torch.eye(B).to(X), model.scalars()[2])
     same = characters[:, None] == characters
-    alike = ((digits[:, None] == digits).sum(2) >= 2) & ~same
+    alike = (digits[:, None] == digits).sum(2) == 2
     same.fill_diagonal_(False)
-    for kind, there in (("the same character", same), ("two digits in common", alike)):
-        shares = (weights * there).sum(1)[there.any(1)]
-        print(f"{kind}: {shares.mean():.1f} % of the attention")
-
     cells = []
     for query in same.any(1).nonzero()[:8, 0]:
         cells.append((images[query], "image", "black"))
