@@ -123,8 +123,8 @@ def draw_panels(panels, path, ticks=()):
             axis.set_xscale("symlog", linthresh=1)  # linear from 0 to 1
             axis.set_xticks(ticks, [f"{value:g}" for value in ticks])
             axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, framealpha=0.5)
+        axis.grid()
+        axis.legend(fontsize=7)
     figure.savefig(path, dpi=130)
 
 
@@ -193,7 +193,7 @@ def measure_sweep(args):
 def show_sweep(rows, path):
     """Print what was measured of both models, and the difference; draw it, with dots for seeds."""
     models, points = names_of(rows, "model"), names_of(rows, "of")
-    study = path.stem.split("-")[0].replace("variance", "tau_max")
+    study = path.stem.split("-")[0].replace("variance", "tau_max").replace("post", "steps")
     lines, panels = [{study: of} for of in points], {}
     ticks = [] if study in ("ablations", "replay") else [float(of) for of in points]
     for measure in names_of(rows, "measure"):
