@@ -124,8 +124,8 @@ def draw_panels(panels, path, ticks=()):
             axis.set_xticks(ticks, [f"{value:g}" for value in ticks])
             axis.minorticks_off()
         axis.grid()
-        axis.legend(fontsize=7)
-    figure.savefig(path, dpi=130)
+        axis.legend(fontsize=7, framealpha=0.5)
+    figure.savefig(path)
 
 
 # ---- Ablations and sweeps ------------------------------------------------------------------------
