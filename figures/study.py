@@ -74,7 +74,7 @@ def replay(other, path):
     """`lixp_loss` with tau_1 of another model's log; a run at `path` goes on where it stopped."""
     log, own, loss = read_rows(other.with_suffix(".csv")), path.with_suffix(".csv"), cc.lixp_loss
     now = count(int(read_rows(own)[-1]["step"]) + 1 if own.exists() else 1)
-    steps, taus = ([float(row[column]) for row in log] for column in ("step", "tau_1"))
+    steps, taus = numbers_of(log, "step"), numbers_of(log, "tau_1")
 
     def lixp_loss(v, u, scalars, settings):  # scalars[0] has no gradient, stays where it starts
         tau_1 = np.interp(next(now), [0, *steps], [scalars[0].item(), *taus])
@@ -94,10 +94,14 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
+def numbers_of(rows, column, **where):
+    """A column of the rows that have these values."""
+    return [float(row[column]) for row in rows if where.items() <= row.items()]
+
+
 def select(rows, column, **where):
-    """A column of the rows that have these values, (n, seeds), of rows seed by seed."""
-    values = [float(row[column]) for row in rows if where.items() <= row.items()]
-    return np.reshape(values, (len(names_of(rows, "seed")), -1)).T
+    """The same of rows seed by seed, (n, seeds)."""
+    return np.reshape(numbers_of(rows, column, **where), (len(names_of(rows, "seed")), -1)).T
 
 
 def names_of(rows, column):
@@ -152,13 +156,13 @@ SWEEPS = {
 
 def get_pairs(args):
     """{point of the sweep: {model: changed settings}}, two models that see the same images."""
-    base, context = ({"objective": model} | args.all for model in (args.base, args.context))
+    base, context = ({"objective": model} | args.all for model in args.pair)
     points = SWEEPS[args.study]
     if args.study == "ablations":
         points = {args.base: base} | points
         return {of: {args.context: context, "changed": context | c} for of, c in points.items()}
     if args.study == "replay":
-        points = {f"tau_1 of {model}": {"tau_of": model} for model in (args.base, args.context)}
+        points = {f"tau_1 of {model}": {"tau_of": model} for model in args.pair}
     return {of: {args.base: base | c, args.context: context | c} for of, c in points.items()}
 
 
@@ -193,8 +197,9 @@ def measure_sweep(args):
 def show_sweep(rows, path):
     """Print what was measured of both models, and the difference; draw it, with dots for seeds."""
     models, points = names_of(rows, "model"), names_of(rows, "of")
-    study = path.stem.split("-")[0].replace("variance", "tau_max").replace("post", "steps")
-    lines, panels = [{study: of} for of in points], {}
+    study = path.stem.split("-")[0]
+    (across,) = SWEEPS[study].get(points[0], [study])  # the setting that a sweep changes
+    lines, panels = [{across: of} for of in points], {}
     ticks = [] if study in ("ablations", "replay") else [float(of) for of in points]
     for measure in names_of(rows, "measure"):
         cells, curves = [], []
@@ -204,7 +209,7 @@ def show_sweep(rows, path):
             x, y = ticks or points, np.mean(found, axis=1)
             line = "-" if ticks else "D"
             curves += [(model, x, y.mean(1), line, color), ("_seeds", x, y, ".", color)]
-        panels[study, f"{measure}, %"] = curves
+        panels[across, f"{measure}, %"] = curves
         for line, a, b in zip(lines, *cells, strict=True):
             line[measure] = f"{a.mean():.1f}, {b.mean():.1f}, {fs.signed(b - a)}"
     print(f"{', '.join(models)}, difference with its 95 % interval")
@@ -224,7 +229,7 @@ OF_CONTEXT = "context_loss", "tau_2", "tau_ctx sqrt(d)"  # the base does not lea
 
 def measure_emergence(args):
     """The rows of the logs of both models' training."""
-    for objective, seed in product((args.base, args.context), range(args.seeds)):
+    for objective, seed in product(args.pair, range(args.seeds)):
         path = train(seed, objective=objective, **args.all)
         for row in read_rows(path.with_suffix(".csv")):
             row["tau_ctx sqrt(d)"] = float(row["tau_ctx"]) * DEFAULT.width**0.5
@@ -262,11 +267,12 @@ def measure_variance(args):
     """Percent of the variance of embeddings X and of contextualised ones that the character, and
     the number, explain linearly. All attend with one tau_ctx, about what context learns."""
     images, characters, digits = map(torch.cat, zip(*map(draw_some, range(16)), strict=True))
-    causes, i = {"character": characters[:, None], "number": digits}, torch.arange(B)  # of a batch
+    causes = {"character": characters, "number": digits}
+    i = torch.arange(B).to(images.device)  # the rows of a batch
     for (of, pair), seed in product(get_pairs(args).items(), range(args.seeds)):
         for name, changes in pair.items():
             X = cc.embed_images(load(train(seed, **changes)), images)
-            X_ctx = [cc.contextualize(i.to(X.device), part, part, 1 / 64) for part in X.split(B)]
+            X_ctx = [cc.contextualize(i, part, part, 1 / 64) for part in X.split(B)]
             embeddings = {"X": X, "X_ctx": F.normalize(torch.cat(X_ctx))}
             for (cause, labels), (what, x) in product(causes.items(), embeddings.items()):
                 x = x - x.mean(0)
@@ -298,7 +304,7 @@ def draw_attention(args, path):
     """Cards and the six that each attends to most: green the same character, orange the same digit
     in two places."""
     model = load(train(0, objective=args.context, **args.all))
-    images, characters, digits = draw_some(1, kinds=669)
+    images, characters, digits = draw_some(1, len(get_cards().train))
     X, i = cc.embed_images(model, images), torch.arange(B).to(images.device)
     weights = 100 * cc.contextualize(i, X, torch.eye(B).to(X), model.scalars()[2])
     same = characters[:, None] == characters
@@ -362,7 +368,7 @@ def measure_speed(args):
             settings = replace(settings, float32=True)
         with tempfile.TemporaryDirectory() as folder:
             cc.train(settings, data, Path(folder))
-            seconds = [float(row["seconds"]) for row in read_rows(Path(folder, "clixp.csv"))]
+            seconds = numbers_of(read_rows(Path(folder, "clixp.csv")), "seconds")
         # the first 200 steps warm up
         yield {"way": way, "images/s": round(200 * settings.batch_size / (seconds[1] - seconds[0]))}
 
@@ -379,7 +385,8 @@ STUDIES = {  # name, besides sweeps: what yields the rows of the CSV file, what 
 
 def run(args):
     """Measure, print and draw one study."""
-    args.base, args.context = cc.OBJECTIVES[args.sigmoid :: 2]  # clip, clixp; or siglip, siglixp
+    args.pair = cc.OBJECTIVES[args.sigmoid :: 2]  # clip, clixp; or siglip, siglixp
+    args.base, args.context = args.pair
     args.all = {"steps": args.steps, "tau_max": args.tau_max}
     name = args.study + "-sigmoid" * args.sigmoid
     for setting, value in args.all.items():
