@@ -1,11 +1,13 @@
 """ContextCLIP: an open reimplementation of Roth, Akata, Damen, Balažević, Hénaff, "Context-Aware
 Multimodal Pretraining", CVPR 2025 (arXiv 2411.15099).
 
-The method: 1 contrastive losses, 2 context, 3 model, 4 training. The data: 5 cards that are drawn
-here, 6 captions and images of your own. 7 is the command line; --help lists every setting.
+The method: 1 contrastive losses, 2 the loss with context, 3 text, 4 the model, 5 training.
+The rest: 6 checkpoints, 7 cards, the images that are drawn here, 8 captions and images of your own,
+9 the command line. `python contextclip.py --help` lists every setting.
 """
 
 import argparse
+import copy
 import csv
 import io
 import math
@@ -16,7 +18,8 @@ import time
 import unicodedata
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -26,69 +29,52 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchvision import datasets, models, transforms
+from torchvision import datasets, models
+from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-OBJECTIVES = "clip siglip clixp siglixp".split()
+OBJECTIVES = ["clip", "siglip", "clixp", "siglixp"]  # the last two have the context loss
 
 
-class UserError(Exception):
-    """A mistake of the user's: the command line prints it as one line and exits with status 2."""
+class UserError(ValueError):
+    """A mistake in what the user gave: the command line prints it as one line, exit status 2."""
+
+
+def setting(default, help, least=None, most=1e9):
+    """A field with its help text and, of a number, the least and the greatest value."""
+    return field(default=default, metadata={"help": help, "least": least, "most": most})
 
 
 @dataclass
 class Settings:
-    """What determines a run, with the number of processes. Each is a flag of the command line:
+    """Everything that determines a run, besides the number of processes. Each is also a flag."""
 
-    objective: clip, siglip, with context clixp, siglixp; the flag takes several: a,b
-    data: cards, or images and captions of your own, a folder or a table
-    image_size: pixels that the image encoder gets, both ways
-    encoder: of images: cnn, or any classification model of torchvision
-    pretrained: start that model from torchvision's weights (downloads them)
-    seed: of the initial weights and of every batch
-    steps: optimiser steps
-    batch_size: B; the other B - 1 images are an image's context
-    lr: peak learning rate of AdamW, between a linear warm-up and a cosine to 0
-    weight_decay: of matrices; temperatures, biases and gains have none
-    width: d, of the embeddings and of the encoders
-    alpha: weight of the plain loss; the context loss has 1 - alpha
-    tau_max: cap of tau_1 and tau_2, which multiply cosines (CLIP's logit scale)
-    tau_ctx: start of tau_ctx; the attention's cosines are divided by tau_ctx sqrt(d)
-    number_share: share of the cards whose caption names their number
-    float32: never bf16 in the image encoder (else where the hardware has it)
-    chunk: rows of a block in which losses and attention are computed, to save memory; 0: all
-    no_mask: ablation: an image may attend to itself
-    shared_temperature: ablation: tau_1 and b_1 serve the context loss too
-    detach_values: ablation: no gradient into the values V
-    normalize_values: ablation: values V are normalised
-    init: post-training: start from the weights of this checkpoint
-    compile: torch.compile the image encoder
-    """
-
-    objective: str = "clip"
-    data: str = "cards"
-    image_size: int = 32
-    encoder: str = "cnn"
-    pretrained: bool = False
-    seed: int = 0
-    steps: int = 3200
-    batch_size: int = 512
-    lr: float = 2e-3
-    weight_decay: float = 0.1
-    width: int = 64
-    alpha: float = 0.9
-    tau_max: float = 100.0
-    tau_ctx: float = 1 / 32
-    number_share: float = 1.0
-    float32: bool = False
-    chunk: int = 0
-    no_mask: bool = False
-    shared_temperature: bool = False
-    detach_values: bool = False
-    normalize_values: bool = False
-    init: str = ""
-    compile: bool = False
+    objective: str = setting(
+        "clixp", f"one of {', '.join(OBJECTIVES)}; the flag takes several, a,b"
+    )
+    data: str = setting("cards", "cards, or a folder or table of your own images and captions")
+    seed: int = setting(0, "of the initial weights and of every batch")
+    steps: int = setting(3200, "optimiser steps", 1)
+    batch_size: int = setting(512, "B; the other B - 1 images are the context of an image", 2, 1e6)
+    lr: float = setting(2e-3, "peak learning rate: linear warm-up, then a cosine to 0", 0)
+    weight_decay: float = setting(0.1, "of matrices; temperatures, biases and gains have none", 0)
+    width: int = setting(64, "d, of the embeddings and inside both encoders", 2, 1e5)
+    image_size: int = setting(
+        32, "height and width of what the image encoder gets, in pixels", 1, 1e4
+    )
+    encoder: str = setting("cnn", "image encoder: cnn, or a classification model of torchvision")
+    pretrained: bool = setting(False, "start that model from torchvision's weights (a download)")
+    alpha: float = setting(0.9, "weight of the plain loss; the context loss has 1 - alpha", 0, 1)
+    tau_max: float = setting(100.0, "cap of tau_1 and tau_2, as in public CLIP code", 1)
+    no_mask: bool = setting(False, "ablation: an image may attend to itself")
+    shared_temperature: bool = setting(False, "ablation: tau_1 and b_1 serve the context loss too")
+    detach_values: bool = setting(False, "ablation: no gradient into the values V")
+    number_share: float = setting(1.0, "share of the cards whose caption names their number", 0, 1)
+    init: str = setting("", "post-training: a checkpoint to start from")
+    chunk: int = setting(
+        0, "compute losses in blocks of so many rows, to save memory; 0: at once", 0
+    )
+    float32: bool = setting(False, "never use bf16, even where the hardware has it")
 
     @property
     def is_sigmoid(self):
@@ -107,87 +93,146 @@ class Settings:
             raise UserError(f"--objective {self.objective!r}: it is one of {', '.join(OBJECTIVES)}")
         if not self.data:
             raise UserError("--data is empty: cards, or a folder or table of yours")
-        rates = min(self.lr, self.weight_decay, self.tau_max - 1, self.image_size - 1)
-        if not min(rates, self.steps - 1, self.batch_size - 2, self.width - 2) >= 0:
-            raise UserError(
-                "at least: --steps, --image-size, --tau-max 1; --batch-size, --width 2; others 0"
-            )
+        for each in fields(self):
+            _, least, most = each.metadata.values()
+            value = getattr(self, each.name)
+            if least is not None and not least <= value <= most:  # so written, nan is refused too
+                raise UserError(
+                    f"--{each.name.replace('_', '-')} {value}: it is from {least} to {most:g}"
+                )
 
 
 # ---- 1. Contrastive losses -----------------------------------------------------------------------
-# X, T (B, d): normalised embeddings of the batch's images and texts, row j of both is a pair.
-# i (n,): the rows that are asked for. A loss has a term for each of them (n,), in nats; L is the
-# mean over all B rows.
+# X, T (B, d): normalised embeddings of the images and of the captions of a batch; row j of both is
+# a pair. i (n,) are numbers of rows: of all, or of those of one process, or of one block. They are
+# also the right answers, since image i has caption i. A loss returns a term in nats for each of
+# them. The loss L of the paper is the mean over all B rows.
 
 
 def clip_loss(i, X, T, tau, b=None):
-    """Softmax contrastive loss, InfoNCE (Radford et al. 2021): logits s_ij = tau x_i.t_j, the mean
-    of the cross-entropies of image to text and of text to image, where j = i is right. It has no b;
-    the argument is there so that both losses are called alike."""
+    """Softmax contrastive loss, InfoNCE (Radford et al. 2021). Logits s_ij = tau x_i.t_j; the mean
+    of two cross-entropies, of the image's caption among all captions and of the caption's image
+    among all images. It has no bias b: the argument is there so that both losses are called alike.
+    """
     image_to_text = F.cross_entropy(tau * X[i] @ T.T, i, reduction="none")
     text_to_image = F.cross_entropy(tau * T[i] @ X.T, i, reduction="none")
     return (image_to_text + text_to_image) / 2
 
 
 def siglip_loss(i, X, T, tau, b):
-    """Sigmoid contrastive loss (Zhai et al. 2023): -sum_j log sigmoid(z_ij s_ij), logits
-    s_ij = tau x_i.t_j + b, labels z_ij = 1 where j = i and else -1."""
+    """Sigmoid contrastive loss (Zhai et al. 2023). Every image with every caption is a yes-or-no
+    question: -sum_j log sigmoid(z_ij s_ij), with logits s_ij = tau x_i.t_j + b and labels z_ij = 1
+    where j = i, else -1."""
     s = tau * X[i] @ T.T + b
     z = 2 * F.one_hot(i, len(T)) - 1
     return -F.logsigmoid(z * s).sum(1)
 
 
-# ---- 2. Context ----------------------------------------------------------------------------------
+# ---- 2. The loss with context --------------------------------------------------------------------
 def contextualize(i, X, V, tau_ctx, mask=True):
-    """x_ctx_i = softmax_j( x_i.x_j / (tau_ctx sqrt(d)) ) V, with `mask` over j != i: image i
-    rebuilt from others (n, d). Queries and keys are X; values V (B, d), not normalised."""
+    """x_ctx_i = softmax_j( x_i.x_j / (tau_ctx sqrt(d)) ) V, with `mask` over j != i only: image i
+    rebuilt from the others. X (B, d), the normalised embeddings of the batch's images, are queries
+    and keys. V (B, d), the same before normalisation, are values. Returns (n, d)."""
     scores = X[i] @ X.T / (tau_ctx * X.shape[1] ** 0.5)
     if mask:
         scores = scores.scatter(1, i[:, None], -math.inf)
     return scores.softmax(1) @ V
 
 
-def lixp_loss(v, u, scalars, settings):
-    """L_LIxP = alpha L(X, T; tau_1) + (1 - alpha) L(X_ctx, T; tau_2), or the first L alone.
-    v, u (n, d): embeddings of this process's images and texts, not normalised; scalars (5,) of
-    `ContextCLIP.scalars`. Gradients flow through queries, keys and values. Returns (3,) nats, means
-    over the n pairs: the loss, its plain term, its context term."""
-    V, U = gather(v), gather(u)  # (B, d), of all processes
-    X, T = F.normalize(V), F.normalize(U)
-    i = torch.arange(len(v), device=v.device) + RANK * len(v)  # this process's rows
-    tau_1, tau_2, tau_ctx, b_1, b_2 = scalars
-    loss = siglip_loss if settings.is_sigmoid else clip_loss
+class LIxPLoss(nn.Module):
+    """L_LIxP = alpha L(X, T; tau_1) + (1 - alpha) L(X_ctx, T; tau_2), with what it learns; for the
+    objectives clip and siglip the plain loss L(X, T; tau_1) alone. To use it elsewhere:
 
-    plain = in_blocks(settings.chunk, loss, i, X, T, tau_1, b_1).mean()
-    if not settings.has_context:
-        return torch.stack((plain, plain, 0 * plain))
+    criterion = LIxPLoss(Settings("clixp", width=512))  # d of your embeddings
+    loss, plain_loss, context_loss = criterion(v, u)  # embeddings that are not normalised
 
-    if settings.shared_temperature:
-        tau_2, b_2 = tau_1, b_1
-    if settings.normalize_values:
-        V = X
-    if settings.detach_values:
-        V = V.detach()
-    x_ctx = in_blocks(settings.chunk, contextualize, i, X, V, tau_ctx, not settings.no_mask)
-    X_ctx = F.normalize(gather(x_ctx))  # our reading: L compares directions, as everywhere
-    context = in_blocks(settings.chunk, loss, i, X_ctx, T, tau_2, b_2).mean()
-    return torch.stack((settings.alpha * plain + (1 - settings.alpha) * context, plain, context))
+    It is a module because tau_1, tau_2 and tau_ctx (and, of the sigmoid loss, b_1 and b_2) are
+    parameters. Give them to the optimiser, without weight decay, and call `clamp` after each step.
+    With several processes, put it inside the module that DistributedDataParallel wraps. Call it
+    outside of torch.autocast, with float32. To go on from a finished CLIP, start from its
+    logarithm: log_tau.data[:2] = model.logit_scale.data."""
+
+    def __init__(self, settings):
+        super().__init__()
+        self.settings = settings
+        tau = min(10.0 if settings.is_sigmoid else 5.0, settings.tau_max)
+        tau_ctx = 0.25 / settings.width**0.5  # then the attention divides cosines by 0.25
+        self.log_tau = nn.Parameter(torch.tensor([tau, tau, tau_ctx]).log())
+        self.b = nn.Parameter(torch.full((2,), -10.0))
+
+    def scalars(self):
+        """{name: value of what is learned}. tau_1 and tau_2 multiply cosines, tau_ctx divides
+        them; each is the exponential of a parameter."""
+        names = ["tau_1", "tau_2", "tau_ctx", "b_1", "b_2"]
+        # All five are cut from one tensor: autograd then gives those that the loss does not use a
+        # gradient of 0, and not none, as DistributedDataParallel needs.
+        values = torch.cat((self.log_tau.exp(), self.b)).unbind()
+        return dict(zip(names, values, strict=True))
+
+    @torch.no_grad()
+    def clamp(self):
+        """Keep tau_1 and tau_2 between 1 and their cap. CLIP's authors cap at 100, beyond which
+        their training was unstable; the README shows what a lower cap does."""
+        self.log_tau[:2].clamp_(0, math.log(self.settings.tau_max))
+
+    def forward(self, v, u):
+        """v, u (n, d): embeddings of this process's images and captions, not normalised; n is the
+        same in all processes. Returns three scalars in nats, means over these n pairs: the loss,
+        its plain term, its context term. Raises ValueError if the shapes do not fit."""
+        settings = self.settings
+        tau_1, tau_2, tau_ctx, b_1, b_2 = self.scalars().values()
+        if v.shape != u.shape or v.shape[1:] != (settings.width,):
+            raise ValueError(f"v {v.shape} and u {u.shape}: both are (n, width {settings.width})")
+        V, U = gather(v), gather(u)
+        X, T = F.normalize(V), F.normalize(U)  # (B, d), of the whole batch
+        if len(X) < 2:
+            raise ValueError("a batch of one pair has neither negatives nor a context")
+        i = torch.arange(len(v), device=v.device) + rank() * len(v)  # this process's rows
+
+        L = siglip_loss if settings.is_sigmoid else clip_loss
+        plain = in_blocks(settings.chunk, L, i, X, T, tau_1, b_1).mean()
+        if not settings.has_context:
+            return plain, plain, torch.zeros_like(plain)
+
+        if settings.shared_temperature:
+            tau_2, b_2 = tau_1, b_1
+        if settings.detach_values:
+            V = V.detach()
+        mask = not settings.no_mask
+        x_ctx = in_blocks(settings.chunk, contextualize, i, X, V, tau_ctx, mask)
+        X_ctx = F.normalize(gather(x_ctx))  # our reading: as X is for the plain loss
+        context = in_blocks(settings.chunk, L, i, X_ctx, T, tau_2, b_2).mean()
+        return settings.alpha * plain + (1 - settings.alpha) * context, plain, context
 
 
 def in_blocks(chunk, function, i, *inputs):
-    """function(i, *inputs), a result for each row i. With `chunk` the rows are cut into blocks, of
-    which each is computed again in the backward pass: no B x B matrix is kept."""
-    if chunk < 1:
+    """function(i, *inputs), a result for each row of i. With `chunk` the rows are cut into blocks,
+    and each is computed once more in the backward pass: no B x B matrix is kept."""
+    if not chunk:
         return function(i, *inputs)
     blocks = [checkpoint(function, rows, *inputs, use_reentrant=False) for rows in i.split(chunk)]
     return torch.cat(blocks)
 
 
+def rank():
+    """The number of this process, of those that torch.distributed has started."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def gather(x):
-    """Rows of this process -> rows of all, by rank. A process needs all rows, as negatives and as
-    context, and averages the losses of its own. So a row has gradients from every process: they are
-    summed here, and DistributedDataParallel divides the sum by the number of processes."""
-    if WORLD_SIZE == 1:
+    """The rows of this process (n, d) -> those of all (B, d), by rank.
+
+    A process needs all rows, as negatives and as context, but its loss L_p is the mean over its own
+    rows only. The loss of the batch is the mean of the L_p of all W processes, and a row x enters
+    every L_p: its gradient is 1/W sum_p dL_p/dx. The hook below forms the sum;
+    DistributedDataParallel divides by W when it averages the gradients of the weights. The same
+    holds for the rows of x_ctx."""
+    if world_size() == 1:
         return x
 
     def sum_over_processes(gradient):
@@ -195,48 +240,51 @@ def gather(x):
         dist.all_reduce(gradient)
         return gradient
 
-    parts = [torch.empty_like(x) for _ in range(WORLD_SIZE)]
+    parts = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(parts, x.detach())
-    parts[RANK] = x  # the only one with gradients
+    parts[rank()] = x  # the only one with gradients
     everyone = torch.cat(parts)
-    everyone.register_hook(sum_over_processes)
+    if everyone.requires_grad:
+        everyone.register_hook(sum_over_processes)
     return everyone
 
 
-# ---- 3. Model ------------------------------------------------------------------------------------
-def cnn(channels, size, width):
-    """(B, channels, size, size) -> (B, d). No batch norm: an embedding depends on its image alone,
-    context enters by the loss. No pooling: it would lose where on the card a digit stands."""
-
-    def layer(inputs, outputs, stride):
-        return [nn.GroupNorm(1, inputs), nn.ReLU(True), nn.Conv2d(inputs, outputs, 3, stride, 1)]
-
-    inputs, side = width // 2, math.ceil(size / 4)
-    layers = [nn.Conv2d(channels, inputs, 7, stride=4, padding=3), *layer(inputs, inputs, 1)]
-    while side > 4:
-        layers += [*layer(inputs, width, 2), *layer(width, width, 1)]
-        inputs, side = width, math.ceil(side / 2)
-    layers += [nn.GroupNorm(1, inputs), nn.ReLU(True), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(inputs * side**2, width))
+# ---- 3. Text -------------------------------------------------------------------------------------
+MAX_WORDS = 32  # of a caption; more are cut off
+# letters of scripts without spaces: Thai, Lao, Burmese, Khmer, Japanese, Chinese
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
+WORD = f"[{UNSPACED}]|[^ {UNSPACED}]+"
 
 
-def torchvision_encoder(settings):
-    """(B, 3, S, S) -> (B, d): a linear layer on the 1,000 outputs of a classifier. Raises UserError
-    if torchvision has none of that name, or it does not turn such images into a tensor."""
-    name, S = settings.encoder, settings.image_size
-    try:
-        classifier = models.get_model(name, weights="DEFAULT" if settings.pretrained else None)
-        encoder = nn.Sequential(classifier, nn.Linear(1000, settings.width))
-        encoder(torch.zeros(2, 3, S, S))
-    except Exception as error:
-        raise UserError(f"--encoder {name}, --image-size {S}: {error}") from error
-    return encoder
+def split_words(caption):
+    """The words of a caption in lower case: letters with their marks, digits, hyphens, underlines.
+    Where a script writes no spaces, each letter is a word."""
+    text = unicodedata.normalize("NFC", caption.lower())
+    kept = (c if unicodedata.category(c)[0] in "LMN" or c in "-_" else " " for c in text)
+    return re.findall(WORD, "".join(kept))
+
+
+def build_vocabulary(captions, min_count=1):
+    """{word: token} of the words that come `min_count` times or more; 0 is padding, 1 any other
+    word."""
+    counts = Counter(word for caption in captions for word in split_words(caption))
+    words = sorted(word for word in counts if counts[word] >= min_count)
+    return {word: token for token, word in enumerate(["<pad>", "<unk>", *words])}
+
+
+def tokenize(captions, vocabulary):
+    """N captions, or one -> tokens (N, L) int64, L that of the longest. An empty caption is one
+    unknown word."""
+    captions = [captions] if isinstance(captions, str) else captions
+    words = [split_words(caption)[:MAX_WORDS] or ["<unk>"] for caption in captions]
+    rows = [torch.tensor([vocabulary.get(word, 1) for word in row]) for row in words]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 class TextEncoder(nn.Module):
-    """tokens (B, L) -> (B, d): the words' embeddings with their positions, pooled by attention. A
-    caption becomes `heads` weighted sums of its words, and a linear layer of these: so new
-    combinations of known words find their image."""
+    """tokens (B, L) -> (B, d). Each word is an embedding plus that of its position; `heads`
+    attention-weighted means of the words, side by side, go through a linear layer. This small
+    encoder understands new combinations of known words."""
 
     def __init__(self, vocabulary_size, width, heads=8):
         super().__init__()
@@ -253,9 +301,40 @@ class TextEncoder(nn.Module):
         return self.out(pooled.flatten(1))
 
 
+# ---- 4. Model ------------------------------------------------------------------------------------
+def cnn(channels, size, width):
+    """(B, channels, size, size) -> (B, d). Group norm, not batch norm: so an embedding depends on
+    its image alone, and context enters by the loss only (most encoders of torchvision have batch
+    norm). No pooling: it would lose where on the card a digit stands."""
+
+    def layer(inputs, outputs, stride):
+        return [nn.GroupNorm(1, inputs), nn.ReLU(True), nn.Conv2d(inputs, outputs, 3, stride, 1)]
+
+    features, side = width // 2, math.ceil(size / 4)
+    layers = [nn.Conv2d(channels, features, 7, stride=4, padding=3), *layer(features, features, 1)]
+    while side > 4:  # 32 pixels: from (d/2, 8, 8) to (d, 4, 4)
+        layers += [*layer(features, width, 2), *layer(width, width, 1)]
+        features, side = width, math.ceil(side / 2)
+    layers += [nn.GroupNorm(1, features), nn.ReLU(True), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(features * side**2, width))
+
+
+def torchvision_encoder(settings):
+    """(B, 3, S, S) -> (B, d): a linear layer on the 1,000 outputs of a classifier. Raises UserError
+    if torchvision has none of that name, or it does not turn such images into a tensor."""
+    name, S = settings.encoder, settings.image_size
+    try:
+        classifier = models.get_model(name, weights="DEFAULT" if settings.pretrained else None)
+        encoder = nn.Sequential(classifier, nn.Linear(1000, settings.width))
+        copy.deepcopy(encoder)(torch.zeros(2, 3, S, S))  # a copy: it moves running means
+    except Exception as error:
+        raise UserError(f"--encoder {name}, --image-size {S}: {error}") from error
+    return encoder
+
+
 class ContextCLIP(nn.Module):
-    """The two encoders, and the learned scalars of the losses. Every objective has the same
-    parameters, drawn in the same order: one seed, one start."""
+    """Both encoders and the loss. Every objective has the same parameters, drawn in the same order:
+    with one seed, a baseline and a context model start equal."""
 
     def __init__(self, settings, vocabulary):
         super().__init__()
@@ -265,63 +344,29 @@ class ContextCLIP(nn.Module):
             self.image_encoder = cnn(self.channels, settings.image_size, settings.width)
         else:
             self.image_encoder = torchvision_encoder(settings)
-        self.encode_text = TextEncoder(len(vocabulary), settings.width)
-        tau = min(10.0 if settings.is_sigmoid else 5.0, settings.tau_max)
-        self.log_tau = nn.Parameter(torch.tensor([tau, tau, settings.tau_ctx]).log())
-        self.b = nn.Parameter(torch.full((2,), -10.0))
+        self.text_encoder = TextEncoder(len(vocabulary), settings.width)
+        self.loss = LIxPLoss(settings)
 
-    def scalars(self):
-        """tau_1, tau_2, tau_ctx, b_1, b_2 (5,). tau_1 and tau_2 multiply cosines, tau_ctx divides
-        them; each tau is the exponential of what is learned. One tensor: those that a loss does not
-        use have gradients of 0, not none, as DistributedDataParallel needs."""
-        return torch.cat((self.log_tau.exp(), self.b))
+    def forward(self, images, tokens):
+        """images (n, 1 or 3, S, S), tokens (n, L) -> the loss, its plain and its context term."""
+        return self.loss(self.encode_image(images), self.encode_text(tokens))
+
+    def encode_text(self, tokens):
+        """tokens (n, L) -> u (n, d), not normalised."""
+        return self.text_encoder(tokens)
 
     def encode_image(self, images):
-        """images (B, 1 or 3, S, S) in about [0, 1] -> v (B, d) float32, not normalised, as are
-        u = encode_text(tokens (B, L)). Images of another size are resized; the cnn of cards takes
-        images of one channel only."""
-        images = transforms.functional.resize(images, [self.settings.image_size] * 2)
+        """images (n, 1 or 3, S, S) in about [0, 1] -> v (n, d) float32, not normalised. Images of
+        another size are resized; the cnn of cards takes images of one channel only."""
+        images = TF.resize(images, [self.settings.image_size] * 2)
         images = 4 * images.expand(-1, self.channels, -1, -1) - 2  # mean 0, deviation about 1
         images = images.contiguous(memory_format=torch.channels_last)
         bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)  # in hardware
         if images.is_cuda:
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        with torch.autocast(images.device.type, torch.bfloat16, bf16 and not self.settings.float32):
+        bf16 = bf16 and not self.settings.float32
+        with torch.autocast(images.device.type, torch.bfloat16, bf16):
             return self.image_encoder(images).float()
-
-    def forward(self, images, tokens):
-        """images (B, 1 or 3, S, S), tokens (B, L) -> the three terms of `lixp_loss`."""
-        v, u = self.encode_image(images), self.encode_text(tokens)
-        return lixp_loss(v, u, self.scalars(), self.settings)
-
-
-MAX_WORDS = 32  # of a caption; more are cut off
-WORD = r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[\w-]+"  # Thai, Lao, Chinese, Japanese: a letter
-NUMERALS = "zero one two three four five six seven eight nine".split()
-
-
-def spell(number):
-    """How a caption names the number of a card, from 0 to 999: "number four seven one"."""
-    return "number " + " ".join(NUMERALS[int(digit)] for digit in f"{number:03}")
-
-
-def split_words(caption):
-    return re.findall(WORD, caption.lower())
-
-
-def build_vocabulary(captions, min_count=1):
-    """{word: token} of words that come `min_count` times or more; 0 is padding, 1 other words."""
-    counts = Counter(word for caption in captions for word in split_words(caption))
-    words = sorted(word for word in counts if counts[word] >= min_count)
-    return {word: token for token, word in enumerate(["<pad>", "<unk>", *words])}
-
-
-def tokenize(captions, vocabulary):
-    """N captions -> tokens (N, L) int64, L the longest; an empty caption is an unknown word."""
-    captions = [captions] if isinstance(captions, str) else captions
-    words = [split_words(caption)[:MAX_WORDS] or ["<unk>"] for caption in captions]
-    rows = [torch.tensor([vocabulary.get(word, 1) for word in row]) for row in words]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def embed_images(model, images):
@@ -331,67 +376,81 @@ def embed_images(model, images):
 
 def embed_classes(model, captions):
     """C lists of equally many captions -> T (C, d) normalised, the mean of each list. A model of
-    cards expects a number after a name: the mean is over ten too, 000, 111, ... 999."""
+    cards expects a number after a name, so each caption gets ten, 000, 111, ... 999, and the mean
+    is over these as well."""
     endings = [""]
     if model.settings.is_cards and model.settings.number_share:
         endings = [f" {spell(number)}" for number in range(0, 1000, 111)]
     texts = [text + ending for group in captions for text in group for ending in endings]
-    tokens = tokenize(texts, model.vocabulary).to(model.b.device)
+    tokens = tokenize(texts, model.vocabulary).to(model.loss.b.device)
     t = F.normalize(model.encode_text(tokens)).unflatten(0, (len(captions), -1))
     return F.normalize(t.mean(1))
 
 
-# ---- 4. Training ---------------------------------------------------------------------------------
+# ---- 5. Training ---------------------------------------------------------------------------------
+# `data` is Cards or Photos, of sections 7 and 8: draw_batch(settings) gives this process's part of
+# a batch, images (n, C, S, S) and tokens (n, L), different from those of other processes;
+# validate(model) gives {measure: percent}
+# and computes no gradients; vocabulary, device and about, a line for the reader, are attributes.
+# `log` has a dictionary for step 0, then one for each validation.
 EVERY = 200  # steps from one validation, line of the log and checkpoint to the next
-LOGGED = "loss plain_loss context_loss tau_1 tau_2 tau_ctx b_1 b_2".split()
 
 
 def train(settings, data, out):
-    """Train a model on Cards or Photos, into out/<objective>.pt and .csv; what is there goes on
-    (the command line asks for --resume). Raises UserError, OSError."""
-    path, steps = out / f"{settings.objective}.pt", settings.steps
-    model, optimizer, log = start(settings, data, path)
-    if settings.compile:
-        model.image_encoder.compile()
-    forward = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
-    done, begin, recent = log[-1]["step"], time.perf_counter() - log[-1]["seconds"], []
+    """Train a model on Cards or Photos, into out/<objective>.pt and .csv. A checkpoint that is
+    there already goes on where it stopped (the command line wants --resume for that). Raises
+    UserError, OSError."""
+    path = out / f"{settings.objective}.pt"
+    model, optimizer, log = build_or_resume(settings, data, path)
+    forward = nn.parallel.DistributedDataParallel(model) if world_size() > 1 else model
+    first, begin = log[-1]["step"] + 1, time.perf_counter() - log[-1]["seconds"]
+    recent = []  # losses since the last line of the log
 
-    hidden = RANK > 0 or None  # None: tqdm shows a bar only in a terminal
-    for step in tqdm(range(done + 1, steps + 1), initial=done, total=steps, disable=hidden):
-        # all that is random in a step: a resumed run is the same, objectives see the same batches
-        # (unlike a string's, the hash of integers is the same in every run)
-        torch.manual_seed(hash((settings.seed, step, RANK)))
+    hide = True if rank() else None  # None: tqdm shows a bar in a terminal only
+    for step in tqdm(range(first, settings.steps + 1), disable=hide):
+        # the only source of chance in a step: so a resumed run is the same as one without a stop,
+        # and all objectives see the same batches (the hash of integers is the same in every run)
+        torch.manual_seed(hash((settings.seed, step, rank())))
         images, tokens = data.draw_batch(settings)
-        losses = forward(images, tokens)  # the loss, its plain term, its context term
+        loss, plain_loss, context_loss = forward(images, tokens)
+
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
         optimizer.zero_grad()
-        losses[0].backward()
+        loss.backward()
         optimizer.step()
-        model.log_tau.data[:2].clamp_(0, math.log(settings.tau_max))  # 1 to tau_max
-        recent.append(losses.detach())
+        model.loss.clamp()
 
-        if step % EVERY == 0 or step == steps:
-            row = {"step": step, "seconds": time.perf_counter() - begin}
-            validate_and_save(row, torch.stack(recent).mean(0), model, optimizer, data, log, path)
+        recent.append(torch.stack((loss, plain_loss, context_loss)).detach())
+        if step % EVERY == 0 or step == settings.steps:
+            losses = torch.stack(recent).mean(0).tolist()
             recent.clear()
+            check_finite(model, losses, step)
+            if rank() == 0:
+                row = {"step": step, "seconds": time.perf_counter() - begin}
+                row |= dict(zip(["loss", "plain_loss", "context_loss"], losses, strict=True))
+                row |= {name: value.item() for name, value in model.loss.scalars().items()}
+                measures = data.validate(model.eval())
+                model.train()
+                if len(log) == 1:  # before the first save: has another run taken the name?
+                    check_free(path)
+                log.append(row | measures)
+                save(path, model, optimizer, log)
+                report_progress(path.stem, row, measures)
 
 
-def validate_and_save(row, losses, model, optimizer, data, log, path):
-    """What happens every 200 steps: validate, print a line, append it to the log, save. losses
-    (3,): of this process's rows, the mean since the last time. Raises UserError if they or the
-    weights are not finite."""
-    values = torch.cat((losses, model.scalars())).tolist()
-    if not math.isfinite(sum(values) + nn.utils.get_total_norm(model.parameters())):
-        raise UserError(f"not finite at step {row['step']}, {path} is as it was; a lower --lr?")
-    if RANK == 0:
-        found = data.validate(model.eval())
-        model.train()
-        log.append(row | dict(zip(LOGGED, values, strict=True)) | found)
-        save(path, model, optimizer, log)
-        write_csv(path.with_suffix(".csv"), log[1:])
-        line = f"{path.stem}  step {row['step']}  {row['seconds']:.0f} s  loss {values[0]:.3f}"
-        tqdm.write("  ".join([line, *(f"{name} {found[name]:.1f}" for name in found)]))
+def report_progress(name, row, measures):
+    """Print what somebody who waits wants to see of a row of the log."""
+    found = "  ".join(f"{key} {value:.1f}" for key, value in measures.items())
+    tqdm.write(
+        f"{name}  step {row['step']}  {row['seconds']:.0f} s  loss {row['loss']:.3f}  {found}"
+    )
+
+
+def check_finite(model, losses, step):
+    """Raises UserError if the losses or a weight are not finite: such a model is not saved."""
+    if not math.isfinite(sum(losses) + nn.utils.get_total_norm(model.parameters())):
+        raise UserError(f"not finite by step {step}, earlier saves are kept; try a lower --lr")
 
 
 def learning_rate(step, settings):
@@ -401,51 +460,70 @@ def learning_rate(step, settings):
     return settings.lr * min(warmup, cosine)
 
 
-def start(settings, data, path):
-    """A model, its optimiser and its log: new, or as saved at `path`. Raises UserError, OSError."""
-    torch.manual_seed(hash((settings.seed, 0)))
-    model = ContextCLIP(settings, data.vocabulary)
-    if settings.init:
-        start_from(load(settings.init), model)
-    model.to(data.device, memory_format=torch.channels_last)
+def make_optimizer(model):
+    """AdamW, with weight decay for matrices only. Its betas are those of the CLIP paper. `train`
+    sets the learning rate before every step."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
         betas=(0.9, 0.98),
-        weight_decay=settings.weight_decay,
+        weight_decay=model.settings.weight_decay,
         fused=True,
     )
-    log = [{"step": 0, "seconds": 0.0}]
 
-    chance = math.log(settings.batch_size) + settings.is_sigmoid  # sigmoid, all logits -log B
-    print(f"{path.stem}: {data.device}, {data.about}; loss at chance {chance:.2f}")
+
+# ---- 6. Checkpoints ------------------------------------------------------------------------------
+def build_or_resume(settings, data, path):
+    """A model, its optimiser and its log: new, or as saved at `path`. Raises UserError, OSError."""
     if path.exists():
-        saved = read_checkpoint(path)
-        made = {n: v for n, v in asdict(saved["settings"]).items() if v != getattr(settings, n)}
-        if made or saved["vocabulary"] != data.vocabulary:
-            raise UserError(f"--resume: {path} was made with {made or 'other captions'}")
-        log = saved["log"]
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-    elif RANK == 0:
-        save(path, model, optimizer, log)  # from here on the name is taken
+        model, optimizer, log = resume(settings, data, path)
+    else:
+        torch.manual_seed(hash((settings.seed, 0)))
+        model = ContextCLIP(settings, data.vocabulary)
+        if settings.init:
+            start_from(load(settings.init), model)
+        model.to(data.device, memory_format=torch.channels_last)
+        optimizer = make_optimizer(model)
+        log = [{"step": 0, "seconds": 0.0, "data": data.about}]
+
+    # of equal logits. SigLIP starts with small ones for all pairs but its own (b = -10): at chance,
+    # its one positive pair costs about log B, and B - 1 negatives about 1 / B each, 1 together
+    chance = math.log(settings.batch_size) + settings.is_sigmoid
+    print(f"{path.stem}: {data.device}, {data.about}; a loss of {chance:.2f} is chance")
     return model, optimizer, log
 
 
+def resume(settings, data, path):
+    """The same of a checkpoint. Raises UserError if it was made with other settings or data."""
+    model, optimizer, log = read_checkpoint(path, data.device)
+    changed = dict(asdict(model.settings).items() - asdict(settings).items())
+    if changed:
+        raise UserError(f"--resume: {path} was made with {changed}")
+    if model.vocabulary != data.vocabulary or log[0]["data"] != data.about:
+        raise UserError(f"--resume: {path} was made with other images or captions")
+    return model.train(), optimizer, log
+
+
 def start_from(base, model):
-    """Post-training: all weights of another model, tau_ctx too. One without context has learned
-    neither tau_2 nor b_2: they start as tau_1, b_1. Raises UserError if the models differ."""
-    if base.vocabulary != model.vocabulary or str(base) != str(model):
+    """Post-training: all weights of another model. A baseline has learned neither tau_2 nor b_2:
+    they start as its tau_1, b_1. Raises UserError if the models differ."""
+    if base.vocabulary != model.vocabulary or str(base) != str(model):  # str: all layers and sizes
         raise UserError("--init: that model has other words, or another encoder or width")
     model.load_state_dict(base.state_dict())
     if not base.settings.has_context:
-        for learned in (model.log_tau, model.b):
-            learned.data[1] = learned.data[0]
+        model.loss.log_tau.data[1] = model.loss.log_tau.data[0]
+        model.loss.b.data[1] = model.loss.b.data[0]
+
+
+def check_free(path):
+    """Raises UserError if a run has taken this name."""
+    if path.exists():
+        raise UserError(f"{path} is there: --resume goes on with it, or take another --out")
 
 
 def save(path, model, optimizer, log):
-    """Write a checkpoint, by way of another file: `path` is always whole. Raises OSError."""
+    """Write a checkpoint, and its log as a table beside it. Raises OSError."""
     content = {
         "settings": asdict(model.settings),
         "vocabulary": model.vocabulary,
@@ -453,44 +531,65 @@ def save(path, model, optimizer, log):
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    buffer, temporary = io.BytesIO(), path.with_suffix(".tmp")
+    buffer = io.BytesIO()
     torch.save(content, buffer)
+    write_whole(path, buffer.getvalue())
+    write_csv(path.with_suffix(".csv"), log[1:])
+
+
+def write_csv(path, rows):
+    """Write dictionaries of the same keys. Raises OSError."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue().encode("utf-8", "replace"))
+
+
+def write_whole(path, content):
+    """Write bytes by way of another file: `path` has them all, or is as before. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(buffer.getvalue())
+        temporary.write_bytes(content)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_csv(path, rows):
-    """Write dictionaries of the same keys. Raises OSError."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_checkpoint(path):
-    """The dictionary that `save` wrote, its settings as Settings. Raises UserError."""
+def read_checkpoint(path, device="cpu"):
+    """What `save` wrote: the model, its optimiser, the log. Raises UserError."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return content | {"settings": Settings(**content["settings"])}
+        saved = torch.load(path, map_location=device, weights_only=True)
+        settings = Settings(**saved["settings"])
+        model = ContextCLIP(replace(settings, pretrained=False), saved["vocabulary"])  # no download
+        model.load_state_dict(saved["model"])
+        model.settings = settings
+        model.to(device, memory_format=torch.channels_last)
+        optimizer = make_optimizer(model)
+        optimizer.load_state_dict(saved["optimizer"])
+        model.finished = saved["log"][-1]["step"] >= settings.steps
+        return model, optimizer, saved["log"]
     except Exception as error:
         raise UserError(f"{path}: no checkpoint of this version ({error!r:.60})") from error
 
 
 def load(path, device="cpu"):
     """A trained model for use, with its `vocabulary` for `tokenize`. Raises UserError."""
-    saved = read_checkpoint(path)
-    settings = replace(saved["settings"], pretrained=False)  # no download
-    model = ContextCLIP(settings, saved["vocabulary"])
-    model.load_state_dict(saved["model"])
-    if saved["log"][-1]["step"] < settings.steps:
+    model, _, _ = read_checkpoint(path, device)
+    if not model.finished:
         print(f"note: the training of {path} is not finished")
-    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
-# ---- 5. Cards ------------------------------------------------------------------------------------
+# ---- 7. Cards ------------------------------------------------------------------------------------
+NUMERALS = "zero one two three four five six seven eight nine".split()
+
+
+def spell(number):
+    """How a caption names the number of a card, from 0 to 999: "number four seven one"."""
+    return "number " + " ".join(NUMERALS[int(digit)] for digit in f"{number:03}")
+
+
 # typefaces that come with matplotlib, in the order that FACE_SPLITS cuts
 FACES = """
 DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Bold
@@ -520,7 +619,7 @@ def render(text, font, height, width, baseline):
     """A bitmap (1, height, width) uint8 of a text that stands on the row `baseline`."""
     canvas = Image.new("L", (width, height))
     ImageDraw.Draw(canvas).text((width // 2, baseline), text, 255, font, anchor="ms")
-    return transforms.functional.pil_to_tensor(canvas)
+    return TF.pil_to_tensor(canvas)
 
 
 def draw_typefaces():
@@ -564,7 +663,7 @@ class Cards:
         train, rows = self.rows_of("train", "train"), self.rows_of("validation", "validation")
         names, numbers = [self.names[i] for i in train], [*map(spell, range(1000))]
         self.vocabulary = build_vocabulary(names + numbers)
-        self.about = f"{len(train)} characters, {len(self.vocabulary)} words"
+        self.about = f"{len(train)} characters, checksum {checksum(glyphs)}"
         self.train = torch.tensor(train, device=device)
         self.tokens = F.pad(tokenize(names, self.vocabulary), (0, 4)).to(device)
         self.number_tokens = tokenize(numbers, self.vocabulary).to(device)
@@ -591,49 +690,61 @@ class Cards:
         chosen = integers(numbers, 0, len(self.train))
         images = draw_cards(self, self.train[chosen], numbers, "train")
 
-        tokens = self.tokens[chosen]
-        named = torch.rand(len(tokens), 1, device=self.device) < settings.number_share
-        end = (tokens != 0).sum(1, keepdim=True) + torch.arange(4, device=self.device)
-        return images, tokens.scatter(1, end, self.number_tokens[numbers] * named)
+        names = self.tokens[chosen]
+        named = torch.rand(len(names), 1, device=self.device) < settings.number_share
+        number_words = self.number_tokens[numbers].masked_fill(~named, 0)
+        length = (names != 0).sum(1, keepdim=True)
+        places = length + torch.arange(4, device=self.device)  # behind the name
+        return images, names.scatter(1, places, number_words)
 
     @torch.no_grad()
     def validate(self, model):
         """Percent right of 16 cards of each validation character, in typefaces that neither train
-        nor test: by the nearest class mean of k others, and of combinations, zero-shot."""
+        nor test: by the nearest class mean of k other cards; of combinations also zero-shot."""
         torch.manual_seed(0)
-        rows = torch.tensor(sum(self.validation, []), device=self.device).repeat(32)
+        characters = torch.tensor(list(chain(*self.validation)), device=self.device)
+        rows = characters.repeat(32)  # 16 queries of each class, then 16 support images of each
         numbers = integers(rows, 0, 1000)
         x = embed_images(model, draw_cards(self, rows, numbers, "validation"))
-        query, support = x.view(2, 16, -1, x.shape[1])  # (16, C, d)
-        means = {f"{k}-shot": F.normalize(support[:k].mean(0)) for k in (1, 4, 16)}
-        T = embed_classes(model, [[self.names[i]] for i in self.validation[0]])  # the first rows
-        classes = {"zero-shot": T} | means
+        query, support = x.view(2, 16, len(characters), -1)
+        combinations = [[self.names[i]] for i in self.validation[0]]  # the first characters
+        classes = {"zero-shot": embed_classes(model, combinations)}
+        classes |= {f"{k}-shot": F.normalize(support[:k].mean(0)) for k in (1, 4, 16)}
+        labels = torch.arange(len(characters), device=self.device)
         return {
-            name: percent_right(query[:, : len(P)].flatten(0, 1) @ P.T)
+            name: percent_right(query[:, : len(P)] @ P.T, labels[: len(P)])
             for name, P in classes.items()
         }
 
 
-def percent_right(scores):
-    """scores (n, C), row r of class r % C -> the share of rows where that is the highest."""
-    right = scores.argmax(1) == torch.arange(len(scores), device=scores.device) % scores.shape[1]
-    return 100 * right.float().mean().item()
+def checksum(*tensors):
+    """A number in which differences of the data show, for --resume."""
+    total = 0
+    for tensor in tensors:
+        total = zlib.crc32(tensor.numpy(), total)
+    return f"{total:08x}"
+
+
+def percent_right(scores, labels):
+    """scores (..., n, C), labels (n,) -> how often the highest score is that of the label."""
+    return 100 * (scores.argmax(-1) == labels).float().mean().item()
 
 
 def draw_different(n, settings, device):
-    """A number below n for each of this process's part of a batch: no two of the batch are equal
-    while there are enough. Of the numbers each process has every WORLD_SIZE-th."""
-    count, own = settings.batch_size // WORLD_SIZE, n // WORLD_SIZE
-    return torch.randperm(max(count, own), device=device)[:count] % own * WORLD_SIZE + RANK
+    """A number below n for each place of this process's part of a batch. No two in the batch are
+    equal while there are enough: process r of W takes its numbers from r, r + W, r + 2 W, ..."""
+    count, own = settings.batch_size // world_size(), n // world_size()
+    order = torch.randperm(max(count, own), device=device)[:count]
+    return order % own * world_size() + rank()  # % repeats numbers where a batch needs more
 
 
 def integers(x, low, high):
-    """A random number from low to high - 1 for each of x (n, ...) -> (n,)."""
+    """Random integers (n,) from low to high - 1, as many as x (n, ...) has rows, on its device."""
     return torch.randint(low, high, (len(x),), device=x.device)
 
 
 def uniform(x, low, high):
-    """A random number for each of x (n, ...) -> (n, 1, 1)."""
+    """Random numbers (n, 1, 1) from low to high, as many as x (n, ...) has rows, on its device."""
     return torch.empty(len(x), 1, 1, device=x.device).uniform_(low, high)
 
 
@@ -643,7 +754,8 @@ def draw_cards(cards, characters, numbers, split):
     -> images (n, 1, 32, 32) float32 in about [0, 1]."""
     faces = FACE_SPLITS[split]
     has_glyph = cards.has_glyph[characters, faces].float()
-    face = (torch.rand_like(has_glyph) * has_glyph).argmax(1) + faces.start
+    random = torch.rand_like(has_glyph) * has_glyph  # 0 where the typeface lacks the character
+    face = random.argmax(1) + faces.start
     glyphs = cards.glyphs[characters, face][:, None] / 255
     background, ink = uniform(glyphs, 0, 0.3), uniform(glyphs, 0.6, 1)
     images = torch.lerp(background[:, None], ink[:, None], warp(glyphs))
@@ -679,14 +791,15 @@ def lay_plates(images, cards, numbers, split, background, ink):
     images (n, 1, 32, 32), changed in place; numbers (n,); background, ink (n, 1, 1): the shades."""
     faces = FACE_SPLITS[split]
     face = integers(images, faces.start, faces.stop)
-    top = integers(images, 0, 4) + 20 * integers(images, 0, 2)
+    offset, at_bottom = integers(images, 0, 4), integers(images, 0, 2)
+    top = offset + 20 * at_bottom
     left = integers(images, 0, 9)
     windows = images.unfold(2, 9, 1).unfold(3, 24, 1)  # (n, 1, 24, 9, 9, 24), a view
     plates = torch.lerp(background, ink, cards.plates[numbers, face] / 255)
     windows[torch.arange(len(top), device=top.device), 0, top, left] = plates
 
 
-# ---- 6. Captions and images of your own ----------------------------------------------------------
+# ---- 8. Captions and images of your own ----------------------------------------------------------
 COLUMNS = [  # names of the image's and of the caption's; the first that is there counts
     "image image_name file_name filename filepath path".split(),
     "caption comment text title sentence".split(),
@@ -694,50 +807,66 @@ COLUMNS = [  # names of the image's and of the caption's; the first that is ther
 
 
 def read_table(path):
-    """Yields (image's path, caption) of a table with a header, between its cells a comma, tab,
-    semicolon or bar; images lie beside it or in one of its subfolders. The caption is empty where a
-    row does not fit the header. Raises UserError, OSError."""
-    csv.field_size_limit(2**31 - 1)
-    lines = io.StringIO(path.read_text("utf-8-sig", "replace")).readlines() or [""]
-    reader = csv.reader(lines, delimiter=max(",\t;|", key=lines[0].count))
-    header = [name.strip().lower() for name in next(reader)]
+    """[(image's path, caption)] of a table with a header; cells are separated by commas, tabs,
+    semicolons or bars, images lie beside it or in one of its subfolders. The caption is empty where
+    a row does not fit the header. Raises UserError, OSError."""
+    csv.field_size_limit(1_000_000_000)
+    lines = re.split("(?<=\n)", path.read_text("utf-8-sig", "replace"))
+    delimiter = max(",\t;|", key=lines[0].count)
+    header = [name.strip(' "\n').lower() for name in lines[0].split(delimiter)]
     image, caption = ([header.index(n) for n in names if n in header] for names in COLUMNS)
     if not image or not caption:
         raise UserError(f"{path}: its first line does not name an image and a caption, {COLUMNS}")
+    folders = [path.parent, *sorted(path.parent.glob("[!.]*/"))]
 
-    folders = [path.parent, *sorted(path.parent.glob("*/"))]
-    line = reader.line_num
-    for row in reader:
-        if reader.line_num > line + 1 and "".join(lines[line : reader.line_num]).count('"') % 2:
-            raise UserError(f"{path}, line {line + 1}: a quote opens there and is never closed")
-        line = reader.line_num
-        places = [folder / (row + header)[image[0]].strip() for folder in folders]
-        if row:  # no empty line
-            found = next(filter(os.path.isfile, places), places[0])
-            yield found, row[caption[0]] if len(row) == len(header) else ""
+    def find(name):
+        places = [folder / name.strip() for folder in folders]
+        return next(filter(os.path.isfile, places), places[0])
+
+    def read(lines):
+        for row in csv.reader(lines, delimiter=delimiter):
+            if row:  # no empty line
+                fits = len(row) == len(header)
+                yield find((row + header)[image[0]]), row[caption[0]] if fits else ""
+
+    # a cell in quotes may have several lines; but stray quotes swallow rows: then there are more
+    # images where each line is read as a row
+    by_line = [pair for line in lines[1:] for pair in read([line])]
+    in_cells = list(read(lines[1:]))
+    return max(in_cells, by_line, key=lambda pairs: sum(is_image(path) for path, _ in pairs))
+
+
+def is_image(path):
+    """Whether a file's name ends as those of images do."""
+    return path.suffix.lower() in datasets.folder.IMG_EXTENSIONS
 
 
 def read_pairs(folder):
-    """Yields the same of images with their captions beside them: a.jpg, and a.txt, one a line."""
-    for path in sorted(folder.rglob("[!.]*.*")):
-        text = path.with_suffix(".txt")
-        if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
-            captions = text.read_text("utf-8", "replace") if text.exists() else ""
+    """Yields (image's path, caption) of a folder: the captions of a.jpg are the lines of a.txt.
+    What is hidden, or lies in a hidden folder, is passed over."""
+    for path in sorted(folder.rglob("*.*")):
+        if is_image(path) and "/." not in f"/{path.relative_to(folder).as_posix()}":
+            text = path.with_suffix(".txt")
+            captions = text.read_text("utf-8", "replace") if text.is_file() else ""
             yield from ((path, caption) for caption in captions.strip().split("\n"))
 
 
 def read_captions(source):
     """[(image's path, caption)] of what --data names: a table, or a folder with one, or with pairs.
     Raises UserError, OSError."""
-    tables = [source]
-    if source.is_dir():
-        tables = [*source.glob("[!.]*.[ct]sv"), *source.glob("captions.txt")]
-    pairs = [*(read_table(*tables) if len(tables) == 1 else read_pairs(source))]
-    if not any(caption for _, caption in pairs):
-        raise UserError(
-            f"--data {source}: it takes one table (captions.txt, a .csv, a .tsv), there are "
-            f"{len(tables)}, or pairs of an image and a .txt, there are none"
+    tables = [*source.glob("[!.]*.[ct]sv"), *source.glob("captions.txt")]
+    if not source.is_dir():
+        tables = [source]
+    if len(tables) == 1:
+        pairs, problem = read_table(tables[0]), "no row of its table fits the header"
+    else:
+        pairs = list(read_pairs(source))
+        problem = (
+            f"it takes one table (captions.txt, a .csv, a .tsv), there are {len(tables)}, "
+            "or pairs of an image and a .txt, there are none"
         )
+    if not any(caption for _, caption in pairs):
+        raise UserError(f"--data {source}: {problem}")
     return pairs
 
 
@@ -754,15 +883,20 @@ def preprocess(settings):
         image = Image.alpha_composite(white, image.convert("RGBA"))
         image = image.convert("L" if settings.is_cards else "RGB")
         image = ImageOps.fit(image, [settings.image_size] * 2, Image.Resampling.BILINEAR)
-        return transforms.functional.to_tensor(image)
+        return TF.to_tensor(image)
 
     return read
 
 
+def to_bytes(image):
+    """An image in [0, 1] -> the same in uint8, a quarter of the memory."""
+    return (255 * image).round().byte()
+
+
 class Photos:
     """Images with their captions, each decoded once: images (N, 3, S, S) uint8, of which the first
-    n train; tokens (N, most, L) of each one's captions, of which there are counts (N,). Raises
-    UserError, OSError."""
+    n train; tokens (M, L) of all captions, image by image, of which each image has counts (N,).
+    Raises UserError, OSError."""
 
     def __init__(self, device, settings):
         self.device, source, fit = device, Path(settings.data), preprocess(settings)
@@ -770,14 +904,14 @@ class Photos:
         for path, caption in tqdm(read_captions(source), disable=None):
             try:
                 if not split_words(caption) or "\ufffd" in caption:
-                    raise ValueError("no caption in UTF-8, or cells that do not fit the header")
+                    raise ValueError("no word, or no UTF-8, or its cells do not fit the header")
+                if not path.is_file():  # a pipe would never end
+                    raise FileNotFoundError("no such file")
                 if path not in images:
-                    images[path] = (255 * fit(Image.open(path))).round().byte()
-                if len(captions.setdefault(path, [])) == 16:
-                    raise ValueError("16 captions of an image are kept, it has more")
-                captions[path].append(caption)
+                    images[path] = to_bytes(fit(Image.open(path)))
+                captions.setdefault(path, []).append(caption)
             except Exception as error:
-                bad.append(f"{path}: {error}")
+                bad.append(f"{path}: {error}"[:300])
         if bad:
             print(f"left out: {len(bad):,} captions, the first that of {bad[0]}")
 
@@ -787,21 +921,22 @@ class Photos:
         self.n = max(len(paths) * 9 // 10, len(paths) - 1000)  # the others validate
         if self.n < settings.batch_size:
             raise UserError(f"--data {source}: {self.n} images to train on are less than a batch")
-        self.images = torch.stack([images[path] for path in paths]).to(device)
+        pixels = torch.stack([images[path] for path in paths])
         texts = [text for path in paths for text in captions[path]]
-        counts = [len(captions[path]) for path in paths]
-        self.counts = torch.tensor(counts, device=device)
-        self.vocabulary = build_vocabulary(texts[: sum(counts[: self.n])], min_count=5)
+        counts = torch.tensor([len(captions[path]) for path in paths])
+        self.vocabulary = build_vocabulary(texts[: counts[: self.n].sum()], min_count=5)
         tokens = tokenize(texts, self.vocabulary)
-        padded = nn.utils.rnn.pad_sequence(tokens.split(counts), batch_first=True)
-        self.tokens = padded.to(device)
 
-        unknown = (tokens[tokens > 0] == 1).float().mean().item()
+        unknown = (tokens[tokens > 0] == 1).float().mean()
         long = sum(len(split_words(text)) > MAX_WORDS for text in texts)
         self.about = (
-            f"{self.n:,} images, {len(self.vocabulary):,} words, {unknown:.0%} unknown, "
-            f"{long:,} captions cut to {MAX_WORDS} words"
+            f"{self.n:,} images and {len(paths) - self.n:,} held out, {len(self.vocabulary):,} "
+            f"words, {unknown:.0%} unknown, {long:,} captions cut to {MAX_WORDS} words, "
+            f"checksum {checksum(pixels, tokens, counts)}"
         )
+        self.images = pixels.to(device)
+        self.tokens = tokens.to(device)
+        self.counts = counts.to(device)
 
     def draw_batch(self, settings):
         """This process's part of a batch: images (n, 3, S, S) in [0, 1] and tokens (n, L). No image
@@ -809,29 +944,33 @@ class Photos:
         half its area or more, mirrored half the time."""
         chosen = draw_different(self.n, settings, self.device)
         images = self.images[chosen] / 255
-        caption = (uniform(images, 0, 1).flatten() * self.counts[chosen]).long()
+        counts, first = self.counts[chosen], (self.counts.cumsum(0) - self.counts)[chosen]
+        caption = first + (uniform(images, 0, 1).flatten() * counts).long()
         side, mirror = uniform(images, 0.5, 1).sqrt(), uniform(images, -1, 1).sign()
         right = (1 - side) * uniform(images, -1, 1)
         down = (1 - side) * uniform(images, -1, 1)
         images = resample(images, side * mirror, 0, right, 0, side, down)
-        return images, self.tokens[chosen, caption]
+        return images, self.tokens[caption]
 
     @torch.no_grad()
     def validate(self, model):
         """Recall in percent on held-out images: of how many captions one of the k nearest images
         is right, its own or one that has the same caption."""
-        tokens = self.tokens[self.n :]
-        owner, place = tokens[:, :, 0].nonzero(as_tuple=True)  # (M,), of M captions
-        captions, text = tokens[owner, place].unique(dim=0, return_inverse=True)
         x = embed_images(model, self.images[self.n :] / 255)
+        owner = torch.repeat_interleave(self.counts[self.n :])  # the image of each caption (M,)
+        captions, text = self.tokens[-len(owner) :].unique(dim=0, return_inverse=True)
         cosines = F.normalize(model.encode_text(captions)) @ x.T  # (distinct captions, images)
         right = torch.zeros_like(cosines, dtype=torch.bool)
         right[text, owner] = True
         hits = right.gather(1, cosines.topk(min(10, len(x))).indices)[text]  # (M, 10)
-        return {f"R@{k}": 100 * hits[:, :k].any(1).float().mean().item() for k in (1, 5, 10)}
+        return {
+            f"R@{k}": 100 * hits[:, :k].any(1).float().mean().item()
+            for k in (1, 5, 10)
+            if k < len(x)  # of ten images one is always among the ten nearest
+        }
 
 
-# ---- 7. The command line -------------------------------------------------------------------------
+# ---- 9. The command line -------------------------------------------------------------------------
 def choose_device(cpu):
     """The accelerator if there is one, for each process its own, or else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -842,29 +981,36 @@ def choose_device(cpu):
     return accelerator
 
 
-def report_errors(parser, function, arguments):
-    """function(arguments); what the user can mend is one line and exit status 2."""
+def run_program(parser, function, arguments):
+    """function(the arguments); what the user can mend is one line and exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # lines are seen at once, and ± is a ? at worst
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    args = parser.parse_args(arguments)
     try:
-        function(parser.parse_args(arguments))
+        function(args)
     except KeyboardInterrupt:
-        parser.exit(130, "stopped; the same command with --resume goes on\n")
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        parser.error(" ".join(str(error).split()))
+        advice = "; the same command with --resume goes on" if "resume" in args else ""
+        parser.exit(130, f"stopped{advice}\n")
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        parser.error(" ".join(str(error).split()) or "out of memory")
 
 
 def run(args):
     given = {name: getattr(args, name) for name in asdict(Settings())}
     runs = [Settings(**given | {"objective": name}) for name in args.objective.split(",")]
     for settings in runs:
-        path = args.out / f"{settings.objective}.pt"
-        if path.exists() and not args.resume:
-            raise UserError(f"{path} is there: --resume goes on with it, or take another --out")
-    if args.batch_size % WORLD_SIZE:
-        raise UserError(f"--batch-size {args.batch_size}: not a multiple of {WORLD_SIZE} processes")
+        if not args.resume:
+            check_free(args.out / f"{settings.objective}.pt")
     device = choose_device(args.cpu)
-    if WORLD_SIZE > 1:  # the batch is divided between them
+    if "WORLD_SIZE" in os.environ:  # torchrun: every batch is divided between its processes
         dist.init_process_group()
-    if RANK:
+    if args.batch_size % world_size():
+        raise UserError(
+            f"--batch-size {args.batch_size}: not a multiple of {world_size()} processes"
+        )
+    if rank():
         sys.stdout = open(os.devnull, "w")
 
     args.out.mkdir(parents=True, exist_ok=True)
@@ -872,24 +1018,28 @@ def run(args):
     for settings in runs:
         train(settings, data, args.out)
     print("next: python fewshot.py, with the same --out")
-    if WORLD_SIZE > 1:
+    if world_size() > 1:
         dist.destroy_process_group()
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser("contextclip", argparse.SUPPRESS, "Train and compare models.")
-    add, helps = parser.add_argument, dict(re.findall(r"(\w+): (.+)", Settings.__doc__))
-    for name, default in asdict(Settings()).items():
-        kind = {"type": type(default), "metavar": "X"}
-        if default is False:
+    parser = argparse.ArgumentParser(
+        prog="contextclip",
+        description="Train baselines and context models. Settings and their defaults:",
+        usage=argparse.SUPPRESS,  # an error is one line
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for each in fields(Settings):
+        kind = {"type": each.type}
+        if each.type is bool:
             kind = {"action": "store_true"}
-        kind |= {"default": default, "help": f"{helps[name]} (%(default)s)"}
-        add(f"--{name.replace('_', '-')}", **kind)
+        kind |= {"default": each.default, "help": each.metadata["help"]}
+        parser.add_argument(f"--{each.name.replace('_', '-')}", **kind)
     parser.set_defaults(objective="clip,clixp")
-    add("--cpu", action="store_true", help="use no accelerator")
-    add("--out", type=Path, default=Path("runs"), help="folder of results (runs)")
-    add("--resume", action="store_true", help="go on where this was interrupted")
-    report_errors(parser, run, arguments)
+    parser.add_argument("--cpu", action="store_true", help="use no accelerator")
+    parser.add_argument("--out", type=Path, default="runs", help="folder of results")
+    parser.add_argument("--resume", action="store_true", help="go on where this was interrupted")
+    run_program(parser, run, arguments)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,18 @@
     python fewshot.py --data DIR --template "a photo of a {}"  on your images, a folder per class
     python fewshot.py --data MNIST --template "digit {}"       on a dataset of torchvision
 
-An episode is a few labelled images per class, the support, and queries to classify. 1 classifiers,
-2 tasks, 3 evaluation, 4 results, 5 the command line.
+An episode is a few labelled images per class, the support, and queries to classify. For embeddings
+of any other model: `accuracy("prototypes", Episode(x, y, X, Y, T, tau))`.
+1 classifiers, 2 tasks, 3 evaluation, 4 results, 5 the command line.
 """
 
 import argparse
+import io
 import itertools
 import re
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,11 +26,12 @@ from torchvision import datasets
 from tqdm import tqdm
 
 import contextclip as cc
+from contextclip import UserError
 
 # ---- 1. Classifiers ------------------------------------------------------------------------------
-# One signature: queries x (Q, d); a support of a few images per class, X (S, d), one-hot labels
-# Y (S, C); text T (C, d), all normalised; scale, how far to trust the text (`text_scale`); then
-# hyper-parameters. Scores (Q, C): the highest wins, of equal ones the first class.
+# One signature: the queries x (Q, d); a support of a few images per class, X (S, d), with one-hot
+# labels Y (S, C); the classes' texts T (C, d), all of length 1; scale, how far to trust the texts
+# (`text_scale`); then hyper-parameters. Returns scores (Q, C), of which the highest wins.
 
 
 def zero_shot(x, X, Y, T, scale):
@@ -46,11 +50,11 @@ def tip_adapter(x, X, Y, T, scale, a, b):
     return scale * x @ T.T + a * near @ Y
 
 
-def tip_x(x, X, Y, T, scale, a, b, g, temp=0.1):
-    """Tip-Adapter + g R(-KL(p_x || p_X)) Y with p = softmax(. T^t / temp); R stretches a query's
+def tip_x(x, X, Y, T, scale, a, b, g):
+    """Tip-Adapter + g R(-KL(p_x || p_X)) Y with p = softmax(. T^t / 0.1); R stretches a query's
     row into the range of its cosines x X^t (Udandarao et al. 2023)."""
-    log_p_x = F.log_softmax(x @ T.T / temp, 1)
-    log_p_X = F.log_softmax(X @ T.T / temp, 1)
+    log_p_x = F.log_softmax(x @ T.T / 0.1, 1)
+    log_p_X = F.log_softmax(X @ T.T / 0.1, 1)
     affinity = log_p_x.exp() @ log_p_X.T  # -KL up to a constant of the row, which R removes
     low, high = affinity.aminmax(dim=1, keepdim=True)
     start, end = (x @ X.T).aminmax(dim=1, keepdim=True)
@@ -88,6 +92,7 @@ def gda(x, X, Y, T, scale, shrink, trust=0.0):
     return x @ W - (M.T * W).sum(0) / 2 + trust * scale * x @ T.T
 
 
+@torch.enable_grad()
 def linear_probe(x, X, Y, T, scale, l2):
     """x W^t + c of the least mean cross-entropy of the support + l2 |W|^2 / 2."""
     W = torch.zeros_like(T, requires_grad=True)
@@ -104,6 +109,7 @@ def linear_probe(x, X, Y, T, scale, l2):
     return (x @ W.T + c).detach()
 
 
+@torch.enable_grad()
 def tip_adapter_f(x, X, Y, T, scale, a, b, lr, steps=20):
     """Tip-Adapter whose keys, at first X, are trained: AdamW lowers the cross-entropy of support
     images, at most 128 a step, each classified by the others' keys and the text."""
@@ -136,7 +142,7 @@ CLASSIFIERS = {  # name: function, the hyper-parameters to choose from
     "linear probe": (linear_probe, {"l2": [1e-5, 1e-4, 1e-3]}),
     "Tip-Adapter-F": (tip_adapter_f, {"a": [30], "b": [8], "lr": [1e-3, 3e-3, 1e-2]}),
 }
-TRAINING_FREE, OTHERS = list(CLASSIFIERS)[1:7], list(CLASSIFIERS)[7:]  # the paper's six; rivals
+TRAINING_FREE, RIVALS = list(CLASSIFIERS)[1:7], list(CLASSIFIERS)[7:]  # the paper's six; others
 MEAN = "mean of the six"
 
 
@@ -150,7 +156,6 @@ def text_scale(X, Y, T, tau):
 
 
 # ---- 2. Tasks ------------------------------------------------------------------------------------
-DATASETS = "MNIST", "FashionMNIST", "KMNIST", "CIFAR10", "CIFAR100"  # of torchvision, to name
 TASKS = {  # name: group and pattern of how "é latin small letter e with acute" begins
     "digits": "seen . digit",
     "Latin capitals": "seen [A-Z]",
@@ -176,8 +181,7 @@ TASKS = {  # name: group and pattern of how "é latin small letter e with acute"
 }
 # seen: characters trained, in typefaces (STIX) that never were; combined: a letter and a diacritic
 # never together; unseen: scripts never trained, nor their words, in DejaVu, for STIX lacks them
-FACES = {"seen": "test", "combined": "test", "unseen": "train", "validation": "validation"}
-NO_TEXT = "unseen", "unnamed"  # no zero-shot: words are unknown, or captions of classes equal
+TYPEFACES = {"seen": "test", "combined": "test", "unseen": "train", "validation": "validation"}
 
 
 class CardTask:
@@ -195,7 +199,7 @@ class CardTask:
             torch.manual_seed(zlib.crc32(f"{self.name} {seed} {i}".encode()))
             rows = torch.tensor(self.members * count, device=self.cards.device)
             numbers = cc.integers(rows, 0, 1000)
-            images.append(cc.draw_cards(self.cards, rows, numbers, FACES[self.group]))
+            images.append(cc.draw_cards(self.cards, rows, numbers, TYPEFACES[self.group]))
         return torch.cat(images)
 
 
@@ -204,7 +208,7 @@ def card_tasks(cards, names=TASKS):
     tasks = []
     for name in names:
         group, pattern = TASKS[name].split(" ", 1)
-        rows = cards.rows_of("train" if group == "seen" else "test", FACES[group])
+        rows = cards.rows_of("train" if group == "seen" else "test", TYPEFACES[group])
         rows = [i for i in rows if re.match(pattern, f"{cards.characters[i]} {cards.names[i]}")]
         rows.sort(key=lambda i: zlib.crc32(cards.names[i].encode()))  # by chance
         tasks.append(CardTask(cards, name, sorted(rows[:40]), group))
@@ -225,84 +229,148 @@ class OwnTask:
         self.members = [np.flatnonzero(labels == c)[part] for c in range(len(captions))]
 
     def draw(self, seed, shots, queries):
-        """As `CardTask.draw`: the first images of a permutation of each class."""
+        """As `CardTask.draw`: the first images of a permutation of each class. Raises UserError."""
         chosen = []
         for c, rows in enumerate(self.members):
+            if len(rows) < queries + shots:
+                raise UserError(
+                    f"--data {self.name}: {self.captions[c][0]!r} has {len(rows)} images (per half "
+                    f"with models of your captions), {queries} + {shots} are needed"
+                )
             order = np.random.default_rng([seed, c]).permutation(rows)
             chosen.append(order[: queries + shots])
-        return self.images[np.stack(chosen, 1).ravel()]
+        return self.images[np.stack(chosen, 1).ravel()] / 255
 
 
-def read_images(source, args, model):
-    """The arguments of an OwnTask: of a folder with a folder per class, or one of DATASETS. Raises
-    UserError, OSError."""
+def read_class_folders(source, fit):
+    """Images (N, C, S, S) uint8, labels (N,) and class names of a folder that holds a folder of
+    images for each class. What is hidden or no image is passed over. Raises UserError, OSError."""
+    images, labels, folders = [], [], sorted(source.glob("[!.]*/"))
+    for label, folder in enumerate(folders):
+        for path in sorted(folder.glob("[!.]*")):
+            if cc.is_image(path) and path.is_file():
+                labels.append(label)
+                try:
+                    images.append(cc.to_bytes(fit(Image.open(path))))
+                except Exception as error:
+                    raise UserError(f"{path}: {error}") from error
+        if label not in labels:
+            raise UserError(f"{folder} holds no images: name the folder of the class folders")
+    if len(folders) < 2:
+        raise UserError(f"--data {source}: name the folder that holds the class folders")
+    return torch.stack(images), np.array(labels), [folder.name for folder in folders]
+
+
+def read_dataset(name, fit):
+    """The same of a dataset of torchvision, its test part. Raises UserError."""
+    try:
+        data = getattr(datasets, name)("runs/data", train=False, transform=fit, download=True)
+        images = torch.stack([cc.to_bytes(image) for image, _ in data])
+        return images, np.array(data.targets), data.classes
+    except Exception as error:
+        raise UserError(f"--data {name}: {error}") from error
+
+
+def read_task(source, args, model):
+    """The arguments of an OwnTask from what --data names. Raises UserError, OSError."""
     fit = cc.preprocess(model.settings)
-
-    def read(path):
-        try:
-            return fit(Image.open(path))
-        except Exception as error:
-            raise cc.UserError(f"{path}: {error}") from error
-
-    if source in DATASETS:
-        make = getattr(datasets, source)
-        try:
-            data = make(args.out / "data", train=False, transform=fit, download=True)
-        except RuntimeError as error:
-            raise cc.UserError(f"--data {source}: {error}") from error
-    elif source and Path(source).is_dir():
-        data = datasets.ImageFolder(source, transform=read, loader=str)
-        if not any(Path(path).parent.parent == Path(source) for path, _ in data.samples):
-            raise cc.UserError(f"--data {source}: name the folder that holds the class folders")
+    if source and Path(source).is_dir():
+        images, labels, names = read_class_folders(Path(source), fit)
+    elif hasattr(datasets, source):
+        images, labels, names = read_dataset(source, fit)
     else:
-        raise cc.UserError(f"--data {source!r}: no such folder, nor one of {', '.join(DATASETS)}")
+        raise UserError(f"--data {source!r}: no such folder, nor a dataset of torchvision")
 
-    labels, needed = np.array(data.targets), args.queries + max(args.shots)
-    few = np.bincount(labels).min() // (1 if model.settings.is_cards else 2)
-    if few < needed:
-        raise cc.UserError(f"--data {source}: a class has {few} images, {needed} are needed")
-    images = torch.stack([image for image, _ in data])
-    names = [re.sub(r"^\d - ", "", name).replace("_", " ") for name in data.classes]
-    names = [cc.NUMERALS[int(n)] if re.fullmatch("[0-9]", n) else n for n in names]
-    captions = [[text.replace("{}", name) for text in args.template] for name in names]
-    tokens = {str(cc.tokenize(texts, model.vocabulary).tolist()) for texts in captions}
-    group = "own" if len(tokens) == len(names) else "unnamed"
-    if group == "unnamed":
-        print(f"{source}: to the models some classes have the same caption: no zero-shot")
-    return source, group, images, labels, captions
+    captions = [[text.replace("{}", spoken(name)) for text in args.template] for name in names]
+    return source, find_group(source, captions, model), images, labels, captions
+
+
+def spoken(name):
+    """How captions say a class's name: 7, hot_dog and "0 - zero" (MNIST) are "seven", "hot dog" and
+    "zero"."""
+    name = re.sub(r"^\d - ", "", name).replace("_", " ")
+    return cc.NUMERALS[int(name)] if re.fullmatch("[0-9]", name) else name
+
+
+def find_group(source, captions, model):
+    """ "own", or "unnamed" where the model cannot tell the captions of two classes apart, and so
+    zero-shot accuracy would mean nothing. Says so, and if a class has unknown words."""
+    tokens = [cc.tokenize(texts, model.vocabulary).tolist() for texts in captions]
+    unknown = sum(1 in row for rows in tokens for row in rows)
+    print(f"{source}: {len(tokens)} classes, {unknown} of their captions have unknown words")
+    if len(set(map(str, tokens))) == len(tokens):
+        return "own"
+    print(f"{source}: to the models some classes have the same caption: no zero-shot")
+    return "unnamed"
 
 
 def with_plates(images, cards):
-    """images (N, 1, S, S) -> (N, 1, 32, 32), a number plate in its own shades over each."""
+    """images (N, 1, S, S) uint8 -> (N, 1, 32, 32), a number plate in its own shades over each."""
     torch.manual_seed(0)
-    images = F.interpolate(images.to(cards.device), cc.SIZE, mode="area")
+    images = F.interpolate(images.to(cards.device) / 255, cc.SIZE, mode="area")
     pixels = images.flatten(1)
     background = pixels.median(1, keepdim=True).values
     ink = pixels.gather(1, (pixels - background).abs().argmax(1, keepdim=True))  # farthest from it
     numbers = cc.integers(images, 0, 1000)
     cc.lay_plates(images, cards, numbers, "test", background[..., None], ink[..., None])
-    return images
+    return cc.to_bytes(images)
 
 
 # ---- 3. Evaluation -------------------------------------------------------------------------------
+class Episode(NamedTuple):
+    """What a classifier is tried on: embeddings of length 1, in any order, with their labels."""
+
+    x: torch.Tensor  # queries (Q, d)
+    y: torch.Tensor  # their classes (Q,), from 0 to C - 1
+    X: torch.Tensor  # support (S, d)
+    Y: torch.Tensor  # their classes (S,)
+    T: torch.Tensor  # the classes' texts (C, d)
+    tau: float  # of the model (CLIP's logit scale), see `text_scale`
+
+    def with_shots(self, shots):
+        """The same with the first `shots` support images of each class; 0: all of them."""
+        counts = F.one_hot(self.Y).cumsum(0)  # (S, C), of each class so far
+        nth = counts.gather(1, self.Y[:, None])[:, 0]
+        chosen = nth <= (shots or len(self.Y))
+        return self._replace(X=self.X[chosen], Y=self.Y[chosen])
+
+    def check(self):
+        """Raises UserError if the parts do not fit together."""
+        for rows, labels in ((self.x, self.y), (self.X, self.Y)):
+            known = set(labels.tolist()) <= set(range(len(self.T)))
+            normal = ((rows.norm(dim=1) - 1).abs() < 0.01).all()
+            if not (known and normal and len(rows) == len(labels)):
+                raise UserError(
+                    "queries and support are embeddings of length 1 (torch.nn.functional.normalize)"
+                    f", each with a label from 0 to {len(self.T) - 1}"
+                )
+        if len(self.Y.unique()) < len(self.T):
+            raise UserError("each class has support images")
+
+
 def episodes(models, tasks, seeds, shots, queries):
-    """Yields (model's name, task, seed, (x, X, T, tau_1)), each task drawn once for all models."""
-    for task, seed in tqdm([*itertools.product(tasks, seeds)], leave=False, disable=None):
-        images = task.draw(seed, shots, queries)
-        n = queries * len(task.captions)
-        for name, model in models.items():
-            x = cc.embed_images(model, images.to(model.b.device))
-            T = cc.embed_classes(model, task.captions)
-            yield name, task, seed, (x[:n], x[n:], T, model.scalars()[0].item())
+    """Yields (model's name, task, seed, Episode), each task drawn once for all models."""
+    for task in tqdm(tasks, disable=None):
+        for seed in seeds:
+            images = task.draw(seed, shots, queries)
+            for name, model in models.items():
+                T = cc.embed_classes(model, task.captions)
+                x = cc.embed_images(model, images.to(T.device))
+                y = torch.arange(len(T), device=T.device).repeat(queries + shots)
+                n = queries * len(T)
+                tau = model.loss.scalars()["tau_1"].item()
+                yield name, task, seed, Episode(x[:n], y[:n], x[n:], y[n:], T, tau)
 
 
-def accuracy(method, embedded, shots, hyper):
-    """Percent of the queries that a classifier gets right with the first `shots` of the support."""
-    x, X, T, tau = embedded
-    X = X[: shots * len(T)]
-    Y = torch.eye(len(T)).to(T).repeat(shots, 1)
-    scale = text_scale(X, Y, T, tau)
-    return cc.percent_right(CLASSIFIERS[method][0](x, X, Y, T, scale, **hyper))
+def accuracy(method, episode, **hyper):
+    """Percent of the queries that a classifier of CLASSIFIERS gets right. Raises UserError if the
+    episode is not one."""
+    episode.check()
+    x, y, X, labels, T, tau = episode
+    x, X, T = x.float(), X.float(), T.float()
+    Y = F.one_hot(labels.long(), len(T)).to(X)
+    scores = CLASSIFIERS[method][0](x, X, Y, T, text_scale(X, Y, T, tau), **hyper)
+    return cc.percent_right(scores, y)
 
 
 def choose(models, validation, methods, shots, queries):
@@ -311,18 +379,21 @@ def choose(models, validation, methods, shots, queries):
     embedded = [e for *_, e in episodes(models, validation, range(2), max(shots), queries)]
     for method in methods:
         grid = CLASSIFIERS[method][1]
-        points = [dict(zip(grid, v, strict=True)) for v in itertools.product(*grid.values())]
+        values = itertools.product(*grid.values())
+        points = [dict(zip(grid, v, strict=True)) for v in values]
         for k in [0] if method == "zero-shot" else shots:
-            means = [np.mean([accuracy(method, e, k, point) for e in embedded]) for point in points]
+            parts = [e.with_shots(k) for e in embedded]
+            means = [np.mean([accuracy(method, e, **point) for e in parts]) for point in points]
             yield method, k, points[np.argmax(means)]
 
 
 def evaluate(models, tasks, chosen, seeds, shots, queries):
     """Yields accuracies in percent of one training run's models, a dictionary each; zero-shot has 0
     shots."""
-    for model, task, seed, embedded in episodes(models, tasks, seeds, shots, queries):
+    for model, task, seed, episode in episodes(models, tasks, seeds, shots, queries):
         for method, k, hyper in chosen:
-            if k or task.group not in NO_TEXT:
+            # no zero-shot where words are unknown, or captions of classes equal
+            if k or task.group not in ("unseen", "unnamed"):
                 yield {
                     "model": model,
                     "task": task.name,
@@ -331,7 +402,7 @@ def evaluate(models, tasks, chosen, seeds, shots, queries):
                     "shots": k,
                     "hyper": hyper,
                     "seed": seed,
-                    "accuracy": accuracy(method, embedded, k, hyper),
+                    "accuracy": accuracy(method, episode.with_shots(k), **hyper),
                 }
 
 
@@ -353,7 +424,8 @@ def tabulate(rows, shots, runs, draws):
 
 def interval(values):
     """values (tasks, runs), both drawn by chance -> their mean and the half-width of its 95 %
-    interval: Student's of the tasks' means and of the runs', the root of the sum of squares."""
+    interval: Student's of the tasks' means and of the runs', the root of the sum of squares. Beyond
+    ten degrees of freedom it takes that of ten, and is up to a seventh too wide."""
     student = [0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]  # by freedom
     square = 0.0
     for means in (values.mean(1), values.mean(0)):
@@ -364,82 +436,101 @@ def interval(values):
 
 
 def signed(values):
+    """ "+5.9 ± 1.7": the mean with its interval, neither of them smaller than what is printed."""
     mean, width = interval(values)
-    return f"{mean:+.1f} ± {width:.1f}" if width else f"{mean:+.1f}"
+    text = f"{mean:+.1f}" if abs(mean) >= 0.05 else "0.0"
+    return f"{text} ± {max(width, 0.05):.1f}" if width else text
 
 
 def efficiency(base, context, shots):
-    """{shots: how many times as many the base needs for the accuracy of context}, read off its
-    curve over log2 shots; inf: it never gets there. Of an accuracy the first number of shots that
+    """{shots: how many times as many the baseline needs for the accuracy of the context model},
+    read off its curve over log2 shots; ">2" where it needs more than the most that were tried,
+    "<0.5" where it has that accuracy with the fewest. Of an accuracy the first number of shots that
     reaches it counts: where more shots bring context nothing, there is none."""
     best, first = np.unique(np.maximum.accumulate(base), return_index=True)
     _, better = np.unique(np.maximum.accumulate(context), return_index=True)
-    needed = np.interp(context, best, np.log2(shots)[first], right=np.inf)
-    return {shots[i]: 2 ** needed[i] / shots[i] for i in better}
+    times = {}
+    for i in better:
+        needed = 2 ** np.interp(context[i], best, np.log2(shots)[first])
+        sign = ">" if context[i] > best[-1] else "<" if context[i] < best[0] else ""
+        times[shots[i]] = f"{sign}{needed / shots[i]:.2g}"
+    return times
 
 
 def print_table(title, cells, show, shots):
     """A line per method and a column per number of shots, of cells {(method, shots): values}."""
-    print(f"\n{title:15}", *(f"{k}-shot".rjust(12) for k in shots))
+    print(f"\n{title:15}", *(f"{k:>7}-shot" for k in shots))
     for method in dict.fromkeys(method for method, k in cells if k):
-        print(f"{method:15}", *(show(cells[method, k]).rjust(12) for k in shots))
+        print(f"{method:15}", *(f"{show(cells[method, k]):>12}" for k in shots))
     found = cells.get(("zero-shot", 0))
     if found is not None:
         print(f"zero-shot, {len(found)} tasks: {show(found)}")
 
 
+def compare(table):
+    """{"clixp - clip": what context adds to its baseline, as accuracies} of each pair."""
+    return {
+        f"{context} - {base}": {k: table[context][k] - cells for k, cells in table[base].items()}
+        for base, context in (("clip", "clixp"), ("siglip", "siglixp"))
+        if {base, context} <= table.keys()
+    }
+
+
 def report(table, shots):
-    """Print the accuracy of each model, and what context adds to its base."""
+    """Print the accuracy of each model, and what context adds to its baseline."""
     for model, cells in table.items():
         print_table(model, cells, lambda values: f"{values.mean():.1f}", shots)
-    for base, context in (("clip", "clixp"), ("siglip", "siglixp")):
-        if {base, context} <= table.keys():
-            gains = {key: table[context][key] - cells for key, cells in table[base].items()}
-            print_table(f"{context} - {base}", gains, signed, shots)
-            means = [gains[MEAN, k] for k in shots]
-            counts = [f"{(values.mean(1) > 0).sum()}" for values in means]
-            print(f"tasks that gain, of {len(means[0])}:", ", ".join(counts))
-            several = [values for values, k in zip(means, shots, strict=True) if k >= 4]
-            title = f"{MEAN}, {'4 shots and more' if several else 'all shots'}"
-            print(f"{title}: {signed(np.mean(several or means, axis=0))}")
-            curves = [[table[model][MEAN, k].mean() for k in shots] for model in (base, context)]
-            times = efficiency(*curves, shots)
-            print("sample efficiency:", *(f" {k}-shot {times[k]:.1f}" for k in times))
+    for pair, gains in compare(table).items():
+        print_table(pair, gains, signed, shots)
+        means = [gains[MEAN, k].mean(1) for k in shots]  # of each task
+        print(f"tasks that gain, of {len(means[0])}:", *(f"{(m > 0).sum()}" for m in means))
+        context, base = ([table[m][MEAN, k].mean() for k in shots] for m in pair.split(" - "))
+        times = efficiency(base, context, shots).items()
+        print("sample efficiency:", *(f" {k}-shot {n}" for k, n in times))
 
 
-def draw_curves(table, tasks, shots, path):
-    """Accuracy against shots, the mean of the six: a panel for all tasks and for each group."""
-    panels = list(dict.fromkeys(["all", *(task.group for task in tasks)]))
-    figure = Figure((3.3 * len(panels), 3.6), layout="constrained")
-    for place, panel in enumerate(panels, start=1):
-        chosen = [panel in ("all", task.group) for task in tasks]
-        axis = figure.add_subplot(1, len(panels), place)
-        axis.set(title=f"{panel}: {sum(chosen)} task(s)", xlabel="shots", ylabel=f"% right, {MEAN}")
-        for model, cells in table.items():
-            means = [cells[MEAN, k][chosen].mean() for k in shots]
-            axis.plot(list(map(str, shots)), means, "o-", label=model)
+def draw_curves(table, shots, path):
+    """Draw accuracy against shots, and what context adds, means of the six with 95 % intervals."""
+    figure = Figure((9, 4), layout="constrained")
+    panels = {f"{MEAN}, % right, by shots": table, "what context adds, in points": compare(table)}
+    for place, title in enumerate(panels, start=1):
+        axis, curves = figure.add_subplot(1, 2, place, title=title), panels[title]
+        for name, cells in curves.items():
+            # a difference, a context model, a baseline
+            color = "#009E73" if "-" in name else "#D55E00" if "xp" in name else "#0072B2"
+            means, widths = np.transpose([interval(cells[MEAN, k]) for k in shots])
+            axis.plot(shots, means, "o--" if "sig" in name else "o-", color=color, label=name)
+            axis.fill_between(shots, means - widths, means + widths, color=color, alpha=0.15)
+            axis.legend()
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(shots, shots)
         axis.grid()
-        axis.legend()
-    figure.savefig(path, dpi=130)
+    picture = io.BytesIO()
+    figure.savefig(picture)
+    cc.write_whole(path, picture.getvalue())
 
 
 # ---- 5. The command line -------------------------------------------------------------------------
 def load_runs(paths, device):
-    """[{model's name: model}], one per folder, that is, per training run. Raises UserError."""
+    """[{objective: model}], one per folder, that is, per training run. Raises UserError."""
     runs = {}
     for path in paths:
-        runs.setdefault(path.parent, {})[path.stem] = cc.load(path, device)
-    kinds = {(*sorted(run), *model.vocabulary) for run in runs.values() for model in run.values()}
+        model, run = cc.load(path, device), runs.setdefault(path.parent, {})
+        objective = model.settings.objective
+        if objective in run:
+            raise UserError(f"{path.parent} has two models of {objective}")
+        run[objective] = model
+    kinds = {(*sorted(run), *m.vocabulary) for run in runs.values() for m in run.values()}
     if len(kinds) > 1:
-        raise cc.UserError("these folders hold different models, or models of other captions")
-    return list(runs.values())
+        raise UserError("these folders hold different objectives, or models of other captions")
+    return [*runs.values()]
 
 
 def make_tasks(args, model, device):
     """(tasks, those on which hyper-parameters are chosen). Raises UserError, OSError."""
-    own = [read_images(source, args, model) for source in args.data]
+    own = [read_task(source, args, model) for source in args.data]
     if args.plate and not (own and model.settings.is_cards):
-        raise cc.UserError("--plate is laid over the images of --data, for models of cards")
+        raise UserError("--plate is laid over the images of --data, for models of cards")
     if not model.settings.is_cards:  # hyper-parameters: on half of the images of each class
         return [[OwnTask(*images, slice(i, None, 2)) for images in own] for i in (0, 1)]
     cards = cc.Cards(device)
@@ -450,18 +541,24 @@ def make_tasks(args, model, device):
 
 
 def run(args):
-    shots, methods = sorted(set(args.shots)), ["zero-shot", *TRAINING_FREE, *args.methods]
-    if min(*shots, args.seeds, args.queries) < 1:
-        raise cc.UserError("--shots, --seeds, --queries: 1 or more")
+    shots = sorted(set(args.shots))
+    methods = ["zero-shot", *TRAINING_FREE, *args.methods]
+    whole = all("{}" in text for text in args.template)
+    if min(*shots, args.seeds, args.queries) < 1 or not whole:
+        raise UserError(
+            "--shots, --seeds, --queries: 1 or more; each --template has a {} for the name of a "
+            'class, and stands in quotes: "a photo of a {}"'
+        )
     device = cc.choose_device(args.cpu)
     torch.set_num_threads(1)  # small operators on several cores wait for each other
     paths = args.checkpoint or sorted(args.out.glob("*.pt"))
     if not paths:
-        raise cc.UserError(f"no checkpoint in {args.out}: python contextclip.py trains some")
+        raise UserError(f"no checkpoint in {args.out}: python contextclip.py trains some")
     runs = load_runs(paths, device)
-    tasks, validation = make_tasks(args, next(iter(runs[0].values())), device)
+    model, *_ = runs[0].values()
+    tasks, validation = make_tasks(args, model, device)
     if not tasks:
-        raise cc.UserError("models of your own images need --data, a folder per class")
+        raise UserError("models of your own images need --data, a folder per class")
     chosen = [*choose(runs[0], validation, methods, shots, args.queries)]
     rows = []
     for i, models in enumerate(runs):
@@ -469,10 +566,12 @@ def run(args):
         rows += evaluate(models, tasks, chosen, seeds, max(shots), args.queries)
 
     table = tabulate(rows, shots, len(runs), args.seeds)
-    report(table, shots)  # before anything is written, which may fail
-    args.out.mkdir(parents=True, exist_ok=True)
-    cc.write_csv(args.out / "fewshot.csv", rows)
-    draw_curves(table, tasks, shots, args.out / "accuracy_vs_shots.png")
+    try:
+        report(table, shots)
+    finally:  # what cannot be printed is written, and what cannot be written is printed
+        args.out.mkdir(parents=True, exist_ok=True)
+        cc.write_csv(args.out / "fewshot.csv", rows)
+        draw_curves(table, shots, args.out / "accuracy_vs_shots.png")
 
 
 def main(arguments=None):
@@ -482,14 +581,14 @@ def main(arguments=None):
     add("--shots", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], help="per class (1 to 32)")
     add("--seeds", type=int, default=3, help="draws of images, per training run (3)")
     add("--queries", type=int, default=16, help="images per class to classify (16)")
-    add("--methods", nargs="*", choices=OTHERS, default=OTHERS, help="besides the six (all)")
+    add("--methods", nargs="*", choices=RIVALS, default=RIVALS, help="besides the six (all)")
     add("--tasks", nargs="+", choices=TASKS, default=TASKS, help="built-in ones (all)")
     add("--data", nargs="+", default=[], help="instead: folders of class folders, or MNIST, ...")
     add("--template", nargs="+", default=["{}"], help="captions of a class {}, their mean is taken")
     add("--plate", action="store_true", help="lay a number plate over each image")
     add("--cpu", action="store_true", help="use no accelerator")
-    add("--out", type=Path, default=Path("runs"), help="folder of results and checkpoints (runs)")
-    cc.report_errors(parser, run, arguments)
+    add("--out", type=Path, default="runs", help="folder of results and checkpoints (runs)")
+    cc.run_program(parser, run, arguments)
 
 
 if __name__ == "__main__":

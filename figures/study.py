@@ -1,26 +1,27 @@
-"""The studies of the README: each one command, with a CSV file and a picture in figures/.
+"""The studies of README.md and figures/README.md, one command each. It trains what is missing in
+runs/study, writes figures/NAME.csv, prints a table and draws figures/NAME.png; with --draw it only
+prints and draws again. Minutes are for three seeds, two studies at a time on two cores.
 
-python figures/study.py ablations      context with one part changed
-python figures/study.py tau_max        both models at caps of the temperatures
-python figures/study.py number_share   both models, by the share of captions that name the number
-python figures/study.py post           a finished base, continued without and with context
-python figures/study.py replay         both models, each also with the tau_1 of the other
-python figures/study.py emergence      losses, temperatures, accuracy in training
-python figures/study.py variance       what embeddings carry, at the caps of tau_max
-python figures/study.py attention      which cards an image attends to
-python figures/study.py cards          training cards with their captions
-python figures/study.py speed          against the plain PyTorch way, on captions, --data DIR
+python figures/study.py cards         training cards with their captions (a second)
+python figures/study.py attention     the cards an image attends to, in both models (5 minutes)
+python figures/study.py sizes         accuracy by size and by length, free and capped (150)
+python figures/study.py tau_max       accuracy by the cap of tau_1 and tau_2 (80)
+python figures/study.py nearness      what is near what in the models of `sizes` (3; a table)
+python figures/study.py number_share  accuracy by the share of captions that name the number (60)
+python figures/study.py training      temperature and accuracy during training (15)
+python figures/study.py ablations     the context loss with one part changed (80)
+python figures/study.py post          a finished baseline, continued (30; a table)
+python figures/study.py replay        each model with the tau_1 of the other (30; a table)
 """
 
 import argparse
 import csv
-import os
+import math
 import sys
-import tempfile
 import textwrap
-from dataclasses import replace
-from functools import cache, partial
-from itertools import chain, count, product, repeat
+from dataclasses import asdict, replace
+from functools import cache
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -28,64 +29,97 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torchvision import datasets, transforms
 
 FIGURES = Path(__file__).resolve().parent
 sys.path.insert(0, str(FIGURES.parent))
 import contextclip as cc  # noqa: E402
 import fewshot as fs  # noqa: E402
 
-RUNS = Path("runs/study")
-DEFAULT = cc.Settings("clixp")
+DEFAULT = cc.Settings()
+DEFAULTS = asdict(DEFAULT)
 B = DEFAULT.batch_size
-SHOTS = ["zero-shot", "1-shot", "4-shot", "16-shot"]
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#555555"]
+KINDS = [("baseline", "#0072B2"), ("context model", "#D55E00")]
+GREEN, PURPLE, YELLOW = "#009E73", "#CC79A7", "#E69F00"
 
 
-# ---- Training, tables, curves --------------------------------------------------------------------
+# ---- Training and evaluation ---------------------------------------------------------------------
 @cache
 def get_cards():
     """The cards that all models see."""
     return cc.Cards(cc.choose_device(cpu=False))
 
 
-def train(seed, tau_of=None, **changes):
+def train(seed, tau_of="", post=False, **changes):
     """Train a model with changes of the default settings, if it is not there -> its checkpoint.
-    tau_of: an objective, whose tau_1 it has, step by step."""
+    tau_of: an objective, whose tau_1 it has, step by step; post: it starts from the baseline."""
+    if post:
+        base = train(seed, objective=changes["objective"].replace("xp", "ip"))
+        changes |= {"init": str(base), "lr": 5e-4}
     settings = replace(DEFAULT, seed=seed, **changes)
-    if tau_of == settings.objective:
-        tau_of = None
-    changed = [
-        f"{name}={value}"
-        for name, value in (changes | {"tau_of": tau_of}).items()
-        if name != "objective" and value != getattr(DEFAULT, name, None)
-    ]
-    folder = RUNS / ("-".join(changed).replace("/", ".") or "default") / f"seed{seed}"
+    changed = {k: v for k, v in changes.items() if v != DEFAULTS[k] and k != "objective"}
+    name = [f"{key}={value}" for key, value in changed.items()]
+    clamp = cc.LIxPLoss.clamp
+    if tau_of not in ("", settings.objective):
+        clamp = replay_tau(settings, train(seed, **changes | {"objective": tau_of}))
+        name.append(f"tau_of={tau_of}")
+    name = "-".join(name).replace("/", ".") or "default"
+    folder = Path("runs/study", name, f"seed{seed}")
     folder.mkdir(parents=True, exist_ok=True)
-    path, loss = folder / f"{settings.objective}.pt", cc.lixp_loss
-    if tau_of:
-        loss = replay(train(seed, **changes | {"objective": tau_of}), path)
-    with mock.patch.object(cc, "lixp_loss", loss):
+    with mock.patch.object(cc.LIxPLoss, "clamp", clamp):
         cc.train(settings, get_cards(), folder)
-    return path
+    return folder / f"{settings.objective}.pt"
 
 
-def replay(other, path):
-    """`lixp_loss` with tau_1 of another model's log; a run at `path` goes on where it stopped."""
-    log, own, loss = read_rows(other.with_suffix(".csv")), path.with_suffix(".csv"), cc.lixp_loss
-    now = count(int(read_rows(own)[-1]["step"]) + 1 if own.exists() else 1)
-    steps, taus = numbers_of(log, "step"), numbers_of(log, "tau_1")
+def replay_tau(settings, path):
+    """`LIxPLoss.clamp`, called after each step, that puts tau_1 where the log of another model has
+    it. A run with it cannot be resumed."""
+    log = read_rows(path.with_suffix(".csv"))
+    start = cc.LIxPLoss(settings).scalars()["tau_1"].item()
+    steps = [0.0, *(float(row["step"]) for row in log)]
+    taus = [start, *(float(row["tau_1"]) for row in log)]
+    wanted = iter(np.interp(range(2, settings.steps + 2), steps, taus))
 
-    def lixp_loss(v, u, scalars, settings):  # scalars[0] has no gradient, stays where it starts
-        tau_1 = np.interp(next(now), [0, *steps], [scalars[0].item(), *taus])
-        return loss(v, u, torch.cat((scalars.new_tensor([tau_1]), scalars[1:])), settings)
+    def clamp(loss):
+        loss.log_tau.data[0] = math.log(next(wanted))
 
-    return lixp_loss
+    return clamp
 
 
 def load(path):
     """A checkpoint -> its model, where the cards are."""
     return cc.load(path, get_cards().device)
+
+
+def evaluate(models, seed):
+    """Yields (model, measure, task, percent), means of two draws of images: the mean of the six
+    classifiers by shots, two rivals by shots, zero-shot on the tasks of known words."""
+    tasks = fs.card_tasks(get_cards())
+    validation = fs.validation_tasks(get_cards())
+    methods = ["zero-shot", *fs.TRAINING_FREE, "GDA", "linear probe"]
+    chosen = list(fs.choose(models, validation, methods, [1, 4, 16], 16))
+    found = {}
+    draws = [2 * seed, 2 * seed + 1]
+    for row in fs.evaluate(models, tasks, chosen, draws, shots=16, queries=16):
+        name = "" if row["method"] in fs.TRAINING_FREE else row["method"]
+        measure = f"{name} {row['shots']}-shot" if row["shots"] else name
+        key = row["model"], measure.strip(), row["task"]
+        found.setdefault(key, []).append(row["accuracy"])
+    for key, values in found.items():
+        yield *key, round(np.mean(values), 3)
+
+
+def measure(args, points, evaluate=evaluate):
+    """Rows of what `evaluate` yields at points {name: {model: its settings}}, of models that see
+    the same images: measured and written, or with --draw those of the file."""
+    if not args.draw:
+        rows = []
+        columns = ["of", "seed", "model", "measure", "task", "percent"]
+        for (of, pair), seed in product(points.items(), range(args.seeds)):
+            models = {name: load(train(seed, **settings)) for name, settings in pair.items()}
+            for values in evaluate(models, seed):
+                rows.append(dict(zip(columns, (of, seed, *values), strict=True)))
+        cc.write_csv(args.table, rows)
+    return read_rows(args.table)
 
 
 def read_rows(path):
@@ -94,322 +128,334 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
-def numbers_of(rows, column, **where):
-    """A column of the rows that have these values."""
-    return [float(row[column]) for row in rows if where.items() <= row.items()]
-
-
-def select(rows, column, **where):
-    """The same of rows seed by seed, (n, seeds)."""
-    return np.reshape(numbers_of(rows, column, **where), (len(names_of(rows, "seed")), -1)).T
-
-
 def names_of(rows, column):
     """What is in a column, each once."""
     return list(dict.fromkeys(row[column] for row in rows))
 
 
-def print_table(rows, path=None):
-    """Print dictionaries of the same keys, a line each."""
-    for cells in (rows[0], *(row.values() for row in rows)):
-        print(*(f"{cell!s:24}" for cell in cells))
+def select(rows, column="percent", **where):
+    """The numbers in a column of the rows that have these values, (n, seeds)."""
+    rows = [row for row in rows if where.items() <= row.items()]
+    values = [float(row[column]) for row in rows]
+    seeds = len(names_of(rows, "seed"))
+    return np.reshape(values, (seeds, -1)).T
 
 
-def draw_panels(panels, path, ticks=()):
-    """Draw side by side {(name of x, of y): [(label, x, y, style, color)]}; `ticks`: a log x."""
-    figure = Figure((4.3 * len(panels), 3.8), layout="constrained")
-    for place, ((across, up), lines) in enumerate(panels.items(), start=1):
-        axis = figure.add_subplot(1, len(panels), place)
-        for label, x, y, style, color in lines:
-            axis.plot(x, y, style, color=color, label=label)
-        axis.set(xlabel=across, ylabel=up)
+# ---- Tables and pictures -------------------------------------------------------------------------
+def print_pairs(rows):
+    """Print the means of both models, their difference with its 95 % interval, and the least and
+    the greatest difference of single seeds."""
+    for of, name in product(names_of(rows, "of"), names_of(rows, "measure")):
+        models = names_of(rows, "model")
+        a, b = (select(rows, of=of, measure=name, model=model) for model in models)
+        means = f"{a.mean():6.1f}{b.mean():6.1f}   {fs.signed(b - a):15}"
+        seeds = np.round((b - a).mean(0), 1) + 0.0  # no -0.0
+        print(f"{of:20}{name:25}{means}{seeds.min():+.1f} to {seeds.max():+.1f}")
+
+
+def compare(args, points, evaluate=evaluate):
+    """Rows of a baseline and a context model at points {name: changed settings}, printed."""
+    pairs = {}
+    for of, changes in points.items():
+        pairs[of] = {model: {"objective": model} | changes for model in args.pair}
+    rows = measure(args, pairs, evaluate)
+    print_pairs(rows)
+    return rows
+
+
+def draw_panels(args, panels):
+    """Draw side by side {title: (name of x, ticks or None, curves)}, a curve (label, x (n,), y (n,
+    seeds), color, style): a line through the means, with a dot for each seed."""
+    figure = Figure((9, 4), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=args.study == "sizes")
+    for axis, title in zip(axes, panels, strict=True):
+        across, ticks, curves = panels[title]
+        for label, x, y, color, style in curves:
+            axis.plot(x, np.mean(y, 1), style, color=color, label=label)
+            axis.plot(x, y, ".", color=color, alpha=0.5)
         if ticks:
-            axis.set_xscale("symlog", linthresh=1)  # linear from 0 to 1
-            axis.set_xticks(ticks, [f"{value:g}" for value in ticks])
-            axis.minorticks_off()
+            axis.set_xticks(range(len(ticks)), ticks)
+        axis.set(title=title, xlabel=across)
         axis.grid()
-        axis.legend(fontsize=7, framealpha=0.5)
-    figure.savefig(path)
+        axis.legend()
+    figure.savefig(args.picture)
 
 
-# ---- Ablations and sweeps ------------------------------------------------------------------------
-def sweep(setting, values):
-    """{value: changed settings}."""
-    return {f"{value:g}": {setting: value} for value in values}
+def curves_of(args, rows, points, measure, style, more=""):
+    """Curves of both models, through these points."""
+    curves = []
+    for model, (label, color) in zip(args.pair, KINDS, strict=True):
+        where = {"model": model, "measure": measure}
+        y = [select(rows, of=of, **where).mean(0) for of in points]
+        x = range(len(points))
+        curves.append((label + more, x, y, color, style))
+    return curves
 
 
-CAPS = sweep("tau_max", [100.0, 28.0, 14.0, 9.0, 6.0])
-SWEEPS = {
-    "ablations": {
-        "no mask": {"no_mask": True},
-        "alpha 0.6": {"alpha": 0.6},
-        "one tau": {"shared_temperature": True},
-        "V detached": {"detach_values": True},
-    },
-    "tau_max": CAPS,
-    "variance": CAPS,
-    "number_share": sweep("number_share", [0.9, 1.0]),
-    "post": sweep("steps", [25, 100, 400]),
-    "replay": {},
+# ---- Sweeps of a setting -------------------------------------------------------------------------
+def sweep(args, setting, values, across, ticks):
+    """Zero-shot and 16-shot accuracy of both models by the values of a setting."""
+    points = {f"{value:g}": {setting: value} for value in values}
+    rows = compare(args, points)
+    panels = {}
+    for name in ("zero-shot", "16-shot"):
+        curves = curves_of(args, rows, points, name, "-")
+        panels[f"{name} accuracy (%)"] = across, ticks, curves
+    draw_panels(args, panels)
+
+
+def tau_max(args):
+    caps = [100.0, 28.0, 14.0, 9.0, 6.0]
+    ticks = ["none", 28, 14, 9, 6]
+    sweep(args, "tau_max", caps, "cap of tau_1 and tau_2", ticks)
+
+
+def number_share(args):
+    shares = [0.9, 0.97, 0.99, 1.0]
+    across = "share of captions that name the number"
+    sweep(args, "number_share", shares, across, shares)
+
+
+WIDTHS = [(32, 3200), (64, 3200), (128, 3200)]  # with steps
+LENGTHS = [(64, 1600), (64, 3200), (64, 6400)]
+
+
+def sizes_of(args):
+    """{"width steps cap": settings} of the models of `sizes`; SigLIP's have no cap."""
+    points = {}
+    for width, steps in dict.fromkeys(WIDTHS + LENGTHS):
+        for cap in [100.0] if args.sigmoid else [100.0, 9.0]:
+            settings = {"width": width, "steps": steps, "tau_max": cap}
+            points[f"{width} {steps} {cap:g}"] = settings
+    return points
+
+
+def sizes(args):
+    rows = compare(args, sizes_of(args))
+    panels = {}
+    for place, (across, points) in enumerate((("width", WIDTHS), ("steps", LENGTHS))):
+        curves = []
+        for cap, style, more in ((100, "--", ""), (9, "-", ", cap 9")):
+            of = [f"{width} {steps} {cap}" for width, steps in points]
+            if of[0] in names_of(rows, "of"):
+                curves += curves_of(args, rows, of, "16-shot", style, more)
+        ticks = [point[place] for point in points]
+        panels[f"16-shot accuracy (%) by {across}"] = across, ticks, curves
+    draw_panels(args, panels)
+
+
+# ---- Parts of the method -------------------------------------------------------------------------
+ABLATIONS = {
+    "no context": {"alpha": 1.0},
+    "1 no self-mask": {"no_mask": True},
+    "2 alpha 0.6": {"alpha": 0.6},
+    "3 values detached": {"detach_values": True},
+    "tau_1 = tau_2": {"shared_temperature": True},
 }
 
 
-def get_pairs(args):
-    """{point of the sweep: {model: changed settings}}, two models that see the same images."""
-    base, context = ({"objective": model} | args.all for model in args.pair)
-    points = SWEEPS[args.study]
-    if args.study == "ablations":
-        points = {args.base: base} | points
-        return {of: {args.context: context, "changed": context | c} for of, c in points.items()}
-    if args.study == "replay":
-        points = {f"tau_1 of {model}": {"tau_of": model} for model in args.pair}
-    return {of: {args.base: base | c, args.context: context | c} for of, c in points.items()}
+def ablations(args):
+    """Differences from the whole method; with SigLIP after 6,400 steps, for before, context adds
+    nothing there. The picture shows both losses."""
+    steps = 6400 if args.sigmoid else DEFAULT.steps
+    whole = {"objective": args.pair[1], "steps": steps}
+    points = {}
+    for of, change in ABLATIONS.items():
+        points[of] = {"whole": whole, "changed": whole | change}
+    print_pairs(measure(args, points))
+    figure = Figure((9, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    files = ("ablations.csv", 0, GREEN), ("ablations-sigmoid.csv", 0.2, PURPLE)
+    for axis, name in zip(axes, ("zero-shot", "16-shot"), strict=True):
+        for file, shift, color in files:
+            rows = read_rows(FIGURES / file)
+            for y, of in enumerate(ABLATIONS):
+                where = {"of": of, "measure": name}
+                whole = select(rows, model="whole", **where)
+                changed = select(rows, model="changed", **where)
+                mean, width = fs.interval(changed - whole)
+                axis.errorbar(mean, y + shift, xerr=width, fmt="o", color=color)
+        axis.set_title(f"{name} accuracy: CLIP (green), SigLIP (purple)", fontsize=10)
+        axis.set_xlabel("points more than the whole method")
+        axis.axvline(0, color="gray")
+    axes[0].set_yticks(range(len(ABLATIONS)), ABLATIONS)
+    axes[0].invert_yaxis()
+    figure.savefig(args.picture)
 
 
-def measure_sweep(args):
-    """Train and evaluate: rows of accuracies on the 21 tasks, the mean of the six classifiers and
-    of two draws of images; zero-shot on the tasks of known words."""
-    cards, methods = get_cards(), ["zero-shot", *fs.TRAINING_FREE]
-    tasks = fs.card_tasks(cards)
-    validation = fs.validation_tasks(cards)
-    for (of, pair), seed in product(get_pairs(args).items(), range(args.seeds)):
-        start = {}
-        if args.study == "post":
-            base = train(seed, objective=args.base, **args.all)
-            start = {"init": str(base), "lr": 5e-4}
-        models = {name: load(train(seed, **start, **changes)) for name, changes in pair.items()}
-        chosen = [*fs.choose(models, validation, methods, [1, 4, 16], queries=16)]
-        draws, found = [2 * seed, 2 * seed + 1], {}
-        for row in fs.evaluate(models, tasks, chosen, draws, shots=16, queries=16):
-            key = row["model"], row["shots"], row["task"]
-            found.setdefault(key, []).append(row["accuracy"])
-        for (model, shots, task), values in found.items():
-            yield {
-                "of": of,
-                "seed": seed,
-                "model": model,
-                "measure": f"{shots}-shot" if shots else "zero-shot",
-                "task": task,
-                "percent": round(np.mean(values), 3),
-            }
+def post(args):
+    """A finished baseline, continued for some steps without and with context."""
+    points = {f"{steps}": {"steps": steps, "post": True} for steps in (25, 100, 400)}
+    compare(args, points)
 
 
-def show_sweep(rows, path):
-    """Print what was measured of both models, and the difference; draw it, with dots for seeds."""
-    models, points = names_of(rows, "model"), names_of(rows, "of")
-    study = path.stem.split("-")[0]
-    (across,) = SWEEPS[study].get(points[0], [study])  # the setting that a sweep changes
-    lines, panels = [{across: of} for of in points], {}
-    ticks = [] if study in ("ablations", "replay") else [float(of) for of in points]
-    for measure in names_of(rows, "measure"):
-        cells, curves = [], []
-        for color, model in zip(COLORS, models, strict=False):
-            found = [select(rows, "percent", of=of, measure=measure, model=model) for of in points]
-            cells.append(found)  # (points, tasks, seeds)
-            x, y = ticks or points, np.mean(found, axis=1)
-            line = "-" if ticks else "D"
-            curves += [(model, x, y.mean(1), line, color), ("_seeds", x, y, ".", color)]
-        panels[across, f"{measure}, %"] = curves
-        for line, a, b in zip(lines, *cells, strict=True):
-            line[measure] = f"{a.mean():.1f}, {b.mean():.1f}, {fs.signed(b - a)}"
-    print(f"{', '.join(models)}, difference with its 95 % interval")
-    print_table(lines)
-    draw_panels(panels, path, ticks)
+def replay(args):
+    """Both models with the tau_1 that one of them had, step by step."""
+    steps = 6400 if args.sigmoid else DEFAULT.steps
+    points = {f"tau_1 of {model}": {"steps": steps, "tau_of": model} for model in args.pair}
+    compare(args, points)
 
 
 # ---- During training -----------------------------------------------------------------------------
-PANELS = {  # title of y: columns
-    "loss in nats": ["plain_loss", "context_loss"],
-    "temperatures": ["tau_1", "tau_2"],
-    "tau_ctx sqrt(d)": ["tau_ctx sqrt(d)"],
-    "validation, % right": SHOTS,
-}
-OF_CONTEXT = "context_loss", "tau_2", "tau_ctx sqrt(d)"  # the base does not learn them
+def training(args):
+    """tau_1 and 16-shot accuracy on the validation tasks, from the logs of both models."""
+    if not args.draw:
+        rows = []
+        for objective, seed in product(args.pair, range(args.seeds)):
+            log = train(seed, objective=objective).with_suffix(".csv")
+            labels = {"model": objective, "seed": seed}
+            rows += (labels | row for row in read_rows(log))
+        cc.write_csv(args.table, rows)
+    rows = read_rows(args.table)
+    panels = {}
+    for column, title in (("tau_1", "tau_1"), ("16-shot", "16-shot accuracy (%), validation")):
+        curves = []
+        for model, (label, color) in zip(args.pair, KINDS, strict=True):
+            steps = select(rows, "step", model=model)[:, 0]
+            y = select(rows, column, model=model)
+            curves.append((label, steps, y, color, "-"))
+        panels[title] = "step", None, curves
+    draw_panels(args, panels)
 
 
-def measure_emergence(args):
-    """The rows of the logs of both models' training."""
-    for objective, seed in product(args.pair, range(args.seeds)):
-        path = train(seed, objective=objective, **args.all)
-        for row in read_rows(path.with_suffix(".csv")):
-            row["tau_ctx sqrt(d)"] = float(row["tau_ctx"]) * DEFAULT.width**0.5
-            numbers = {column: round(float(value), 3) for column, value in row.items()}
-            yield {"model": objective, "seed": seed} | numbers
-
-
-def show_emergence(rows, path):
-    """Draw the logs, means over seeds."""
-    panels, models = {}, names_of(rows, "model")
-    means = {(m, c): select(rows, c, model=m).mean(1) for m in models for c in list(rows[0])[1:]}
-    for up, columns in PANELS.items():
-        panels["step", up] = curves = []
-        for model, (i, column) in product(models, enumerate(columns)):
-            style = "-" if model.endswith("xp") else "--"
-            if style == "-" or column not in OF_CONTEXT:
-                x, y = means[model, "step"], means[model, column]
-                curves.append((f"{column}, {model}", x, y, style, COLORS[i]))
-    draw_panels(panels, path)
-
-
-# ---- What embeddings carry -----------------------------------------------------------------------
-def draw_some(seed, kinds=100):
-    """A batch of B training cards, of the first `kinds` characters: images (B, 1, 32, 32),
-    characters (B,), digits (B, 3) of their numbers."""
+# ---- What is near what ---------------------------------------------------------------------------
+def draw_batch(seed):
+    """A batch as trained: images (B, 1, 32, 32), captions, and for each pair (B, B) whether it has
+    the same character, and how many digits are equal in the same place."""
     torch.manual_seed(seed)
     cards = get_cards()
     numbers = cc.draw_different(1000, DEFAULT, cards.device)
-    characters = cc.integers(numbers, 0, kinds)
-    images = cc.draw_cards(cards, cards.train[characters], numbers, "train")
-    return images, characters, torch.stack([numbers // 100, numbers // 10 % 10, numbers % 10], 1)
+    rows = cards.train[cc.integers(numbers, 0, len(cards.train))]
+    images = cc.draw_cards(cards, rows, numbers, "train")
+    pairs = zip(rows.tolist(), numbers.tolist(), strict=True)
+    captions = [f"{cards.names[row]} {cc.spell(number)}" for row, number in pairs]
+    hundreds, tens, ones = numbers // 100, numbers // 10 % 10, numbers % 10
+    digits = torch.stack([hundreds, tens, ones], 1)
+    same = (rows[:, None] == rows).fill_diagonal_(False)
+    equal = (digits[:, None] == digits).sum(2)
+    return images, captions, same, equal
 
 
-def measure_variance(args):
-    """Percent of the variance of embeddings X and of contextualised ones that the character, and
-    the number, explain linearly. All attend with one tau_ctx, about what context learns."""
-    images, characters, digits = map(torch.cat, zip(*map(draw_some, range(16)), strict=True))
-    causes = {"character": characters, "number": digits}
-    i = torch.arange(B).to(images.device)  # the rows of a batch
-    for (of, pair), seed in product(get_pairs(args).items(), range(args.seeds)):
-        for name, changes in pair.items():
-            X = cc.embed_images(load(train(seed, **changes)), images)
-            X_ctx = [cc.contextualize(i, part, part, 1 / 64) for part in X.split(B)]
-            embeddings = {"X": X, "X_ctx": F.normalize(torch.cat(X_ctx))}
-            for (cause, labels), (what, x) in product(causes.items(), embeddings.items()):
-                x = x - x.mean(0)
-                A = F.one_hot(labels).flatten(1).float()
-                explained = A @ (torch.linalg.pinv(A) @ x)
-                yield {
-                    "of": of,
-                    "seed": seed,
-                    "model": name,
-                    "measure": f"{cause} in {what}",
-                    "percent": round((100 * explained.var() / x.var()).item(), 3),
-                }
+@torch.no_grad()
+def nearness_of(model, seed):
+    """{measure: number} of a batch. Is a card with the same character nearer than one with two
+    equal digits, and than any with another character (% of cases)? Of the 511 wrong captions, how
+    many does the plain loss still see (effective number), and which weight have those with two
+    equal digits (%)? Does a contextualised embedding find its own caption (%)?"""
+    images, captions, same, equal = draw_batch(seed)
+    i = torch.arange(B, device=images.device)
+    v = model.encode_image(images)
+    u = model.encode_text(cc.tokenize(captions, model.vocabulary).to(i.device))
+    X = F.normalize(v)
+    T = F.normalize(u)
+    others = ~same.clone().fill_diagonal_(True)
+    two = others & (equal == 2)
+    a, b = same.nonzero(as_tuple=True)  # pairs with the same character
+    cosines = X @ X.T
+    farther = cosines[a] < cosines[a, b][:, None]  # (pairs, B): farther from a than b is
+
+    tau, _, _, bias, _ = model.loss.scalars().values()
+    logits = (tau * X @ T.T).fill_diagonal_(-math.inf)
+    weights = logits.softmax(1)
+    if model.settings.is_sigmoid:
+        weights = F.normalize((logits + bias).sigmoid(), p=1)
+    X_ctx = cc.contextualize(i, X, v, 0.125 / model.settings.width**0.5)
+    return {
+        "nearer than two digits": 100 * (farther & two[a]).sum() / two[a].sum(),
+        "nearer than any other": 100 * (farther & others[a]).sum() / others[a].sum(),
+        "wrong captions seen": (1 / weights.square().sum(1)).mean(),
+        "weight of two digits": 100 * (weights * two).sum(1).mean(),
+        "own caption found": cc.percent_right(X_ctx @ T.T, i),
+    }
 
 
-# ---- Pictures ------------------------------------------------------------------------------------
-def draw_grid(cells, columns, path, scale=1):
+def measure_nearness(models, seed=0):
+    """Yields (model, measure, "", mean of eight batches)."""
+    for name, model in models.items():
+        found = [nearness_of(model, batch) for batch in range(8)]
+        for key in found[0]:
+            yield name, key, "", round(np.mean([float(row[key]) for row in found]), 3)
+
+
+def nearness(args):
+    """Of the models of `sizes`, or of --checkpoint."""
+    if args.checkpoint:
+        for row in measure_nearness({path: load(path) for path in args.checkpoint}):
+            print(*row)
+    else:
+        compare(args, sizes_of(args), measure_nearness)
+
+
+# ---- Pictures of cards ---------------------------------------------------------------------------
+def draw_grid(args, cells, columns, scale=1):
     """Draw cells (image (1, S, S), title, color of a frame), row by row."""
     rows = len(cells) // columns
     figure = Figure((scale * columns, 1.2 * scale * rows), layout="constrained")
-    for axis, (image, title, color) in zip(figure.subplots(rows, columns).flat, cells, strict=True):
-        axis.imshow(image[0].numpy(force=True), cmap="gray", vmin=0, vmax=1)
+    axes = figure.subplots(rows, columns).flat
+    for axis, (image, title, color) in zip(axes, cells, strict=True):
+        pixels = image[0].numpy(force=True)
+        axis.imshow(pixels, cmap="gray", vmin=0, vmax=1)
         axis.set_title(title, fontsize=8)
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set(color=color, linewidth=3)
-    figure.savefig(path, dpi=130)
+    figure.savefig(args.picture, dpi=90)
 
 
-def draw_attention(args, path):
-    """Cards and the six that each attends to most: green the same character, orange the same digit
-    in two places."""
-    model = load(train(0, objective=args.context, **args.all))
-    images, characters, digits = draw_some(1, len(get_cards().train))
-    X, i = cc.embed_images(model, images), torch.arange(B).to(images.device)
-    weights = 100 * cc.contextualize(i, X, torch.eye(B).to(X), model.scalars()[2])
-    same = characters[:, None] == characters
-    alike = (digits[:, None] == digits).sum(2) == 2
-    same.fill_diagonal_(False)
+def attention(args):
+    """Four cards and the six that each attends to most: above in the baseline, below in the context
+    model. Both attend with the tau_ctx that the context model has learned."""
+    models = [load(train(0, objective=name)) for name in args.pair]
+    tau_ctx = models[1].loss.scalars()["tau_ctx"]
+    images, captions, same, equal = draw_batch(1)
+    letters = [caption.split(" with ")[0].split(" number ")[0] for caption in captions]
+    i = torch.arange(B, device=images.device)
     cells = []
-    for query in same.any(1).nonzero()[:8, 0]:
-        cells.append((images[query], "image", "black"))
-        for j in weights[query].topk(6).indices:
-            color = COLORS[2] if same[query, j] else "#E69F00" if alike[query, j] else "white"
-            cells.append((images[j], f"{weights[query, j]:.1f} %", color))
-    draw_grid(cells, 14, path)
+    queries = same.any(1).nonzero()[:4, 0].tolist()
+    for two, k in product((queries[:2], queries[2:]), (0, 1)):
+        name = ("baseline", "context")[k]
+        X = cc.embed_images(models[k], images)
+        weights = cc.contextualize(i, X, torch.eye(B).to(X), tau_ctx)
+        for query in two:
+            cells.append((images[query], name, "black"))
+            for j in weights[query].topk(6).indices.tolist():
+                color = YELLOW if equal[query, j] == 2 else "white"
+                color = GREEN if letters[query] == letters[j] else color
+                cells.append((images[j], f"{weights[query, j]:.1%}", color))
+    draw_grid(args, cells, 14, scale=0.72)
 
 
-def draw_cards(args, path):
+def cards(args):
     """18 training cards with their captions."""
-    cards, cells = get_cards(), []
     torch.manual_seed(0)
-    images, tokens = cards.draw_batch(replace(DEFAULT, batch_size=18))
-    words = list(cards.vocabulary)
+    images, tokens = get_cards().draw_batch(replace(DEFAULT, batch_size=18))
+    words, cells = list(get_cards().vocabulary), []
     for image, row in zip(images, tokens, strict=True):
         caption = " ".join(words[token] for token in row if token)
         cells.append((image, textwrap.fill(caption, 25), "white"))
-    draw_grid(cells, 6, path, scale=1.9)
-
-
-# ---- Speed ---------------------------------------------------------------------------------------
-def collate(read, pairs):
-    """[(what `read` makes an image of, tokens)] -> a batch."""
-    return torch.utils.data.default_collate([(read(image), tokens) for image, tokens in pairs])
-
-
-def load_plainly(data, settings):
-    """The plain PyTorch way to draw a batch, for `cc.train`: workers, one per core, open and crop
-    images."""
-    paths, captions = zip(*cc.read_captions(Path(settings.data)), strict=True)
-    tokens = cc.tokenize(captions, data.vocabulary)
-    crop = transforms.RandomResizedCrop(settings.image_size, (0.5, 1))
-    flip = transforms.RandomHorizontalFlip()
-    read = transforms.Compose([datasets.folder.pil_loader, crop, flip, transforms.ToTensor()])
-    loader = torch.utils.data.DataLoader(
-        list(zip(paths, tokens, strict=True)),
-        settings.batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=os.cpu_count(),
-        persistent_workers=True,
-        collate_fn=partial(collate, read),
-    )
-    batches = chain.from_iterable(repeat(loader))
-    return lambda _: [part.to(data.device) for part in next(batches)]
-
-
-def measure_speed(args):
-    """Images/s of training on captions of one's own at 64 pixels, ours and plain in float32."""
-    settings = replace(DEFAULT, steps=400, data=args.data, image_size=64)
-    data = cc.Photos(cc.choose_device(cpu=False), settings)
-    for way in ("ours", "plain"):
-        if way == "plain":
-            data.draw_batch = load_plainly(data, settings)
-            settings = replace(settings, float32=True)
-        with tempfile.TemporaryDirectory() as folder:
-            cc.train(settings, data, Path(folder))
-            seconds = numbers_of(read_rows(Path(folder, "clixp.csv")), "seconds")
-        # the first 200 steps warm up
-        yield {"way": way, "images/s": round(200 * settings.batch_size / (seconds[1] - seconds[0]))}
+    draw_grid(args, cells, 6, scale=1.9)
 
 
 # ---- The command line ----------------------------------------------------------------------------
-STUDIES = {  # name, besides sweeps: what yields the rows of the CSV file, what shows them
-    "emergence": (measure_emergence, show_emergence),
-    "variance": (measure_variance, show_sweep),
-    "speed": (measure_speed, print_table),
-    "attention": (None, draw_attention),
-    "cards": (None, draw_cards),
-}
+STUDIES = [cards, attention, sizes, tau_max, nearness, number_share, training, ablations, post]
+STUDIES += [replay]
 
 
 def run(args):
-    """Measure, print and draw one study."""
-    args.pair = cc.OBJECTIVES[args.sigmoid :: 2]  # clip, clixp; or siglip, siglixp
-    args.base, args.context = args.pair
-    args.all = {"steps": args.steps, "tau_max": args.tau_max}
-    name = args.study + "-sigmoid" * args.sigmoid
-    for setting, value in args.all.items():
-        if value != getattr(DEFAULT, setting):
-            name += f"-{setting}{value:g}"
-    picture, table = FIGURES / f"{name}.png", FIGURES / f"{name}.csv"
-    measure, show = STUDIES.get(args.study, (measure_sweep, show_sweep))
-    if measure and not args.draw:
-        cc.write_csv(table, list(measure(args)))
-    show(read_rows(table) if measure else args, picture)
+    args.pair = ("siglip", "siglixp") if args.sigmoid else ("clip", "clixp")
+    name = f"{args.study}-sigmoid" if args.sigmoid else args.study
+    args.table, args.picture = FIGURES / f"{name}.csv", FIGURES / f"{name}.png"
+    {study.__name__: study for study in STUDIES}[args.study](args)
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser("study", argparse.SUPPRESS, __doc__.splitlines()[0])
     add = parser.add_argument
-    add("study", choices=list(SWEEPS | STUDIES))
-    add("--seeds", type=int, default=3, choices=range(1, 11), help="of training (3)")
+    add("study", choices=[study.__name__ for study in STUDIES])
+    add("--seeds", type=int, default=3, help="of training (3)")
     add("--draw", action="store_true", help="only print and draw again, from the CSV file")
     add("--sigmoid", action="store_true", help="siglip and siglixp instead of clip and clixp")
-    add("--steps", type=int, default=DEFAULT.steps, help="of all models")
-    add("--tau-max", type=float, default=DEFAULT.tau_max, help="of all models")
-    add("--data", help="captions, of speed")
-    cc.report_errors(parser, run, arguments)
+    add("--checkpoint", nargs="+", default=[], help="models, of nearness")
+    cc.run_program(parser, run, arguments)
 
 
 if __name__ == "__main__":
