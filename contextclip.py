@@ -53,15 +53,13 @@ class Settings:
         "clixp", f"one of {', '.join(OBJECTIVES)}; the flag takes several, a,b"
     )
     data: str = setting("cards", "cards, or a folder or table of your own images and captions")
-    seed: int = setting(0, "of the initial weights and of every batch")
+    seed: int = setting(0, "of the initial weights and of every batch", 0)
     steps: int = setting(3200, "optimiser steps", 1)
     batch_size: int = setting(512, "B; the other B - 1 images are the context of an image", 2, 1e6)
     lr: float = setting(2e-3, "peak learning rate: linear warm-up, then a cosine to 0", 0)
     weight_decay: float = setting(0.1, "of matrices; temperatures, biases and gains have none", 0)
     width: int = setting(64, "d, of the embeddings and inside both encoders", 2, 1e5)
-    image_size: int = setting(
-        32, "height and width of what the image encoder gets, in pixels", 1, 1e4
-    )
+    image_size: int = setting(32, "height and width of what the image encoder gets, in pixels", 1)
     encoder: str = setting("cnn", "image encoder: cnn, or a classification model of torchvision")
     pretrained: bool = setting(False, "start that model from torchvision's weights (a download)")
     alpha: float = setting(0.9, "weight of the plain loss; the context loss has 1 - alpha", 0, 1)

@@ -289,7 +289,7 @@ def spoken(name):
     """How captions say a class's name: 7, hot_dog and "0 - zero" (MNIST) are "seven", "hot dog" and
     "zero"."""
     name = re.sub(r"^\d - ", "", name).replace("_", " ")
-    return cc.NUMERALS[int(name)] if re.fullmatch("[0-9]", name) else name
+    return cc.NUMERALS[int(name)] if name in {*"0123456789"} else name
 
 
 def find_group(source, captions, model):
@@ -336,16 +336,14 @@ class Episode(NamedTuple):
 
     def check(self):
         """Raises UserError if the parts do not fit together."""
-        for rows, labels in ((self.x, self.y), (self.X, self.Y)):
+        for rows, labels in ((self.x, self.y), (self.X, self.Y), (self.T, self.Y.unique())):
             known = set(labels.tolist()) <= set(range(len(self.T)))
             normal = ((rows.norm(dim=1) - 1).abs() < 0.01).all()
             if not (known and normal and len(rows) == len(labels)):
                 raise UserError(
-                    "queries and support are embeddings of length 1 (torch.nn.functional.normalize)"
-                    f", each with a label from 0 to {len(self.T) - 1}"
+                    "embeddings have length 1 (torch.nn.functional.normalize), each with a label "
+                    f"from 0 to {len(self.T) - 1}, and each class has support images"
                 )
-        if len(self.Y.unique()) < len(self.T):
-            raise UserError("each class has support images")
 
 
 def episodes(models, tasks, seeds, shots, queries):
@@ -542,7 +540,7 @@ def make_tasks(args, model, device):
 
 def run(args):
     shots = sorted(set(args.shots))
-    methods = ["zero-shot", *TRAINING_FREE, *args.methods]
+    methods = dict.fromkeys(["zero-shot", *TRAINING_FREE, *args.methods])
     whole = all("{}" in text for text in args.template)
     if min(*shots, args.seeds, args.queries) < 1 or not whole:
         raise UserError(

@@ -1356,9 +1356,10 @@ WRONG = [
     ("Y", [0, 0], "each class has support images"),
     ("y", [0, 0, 2, 1], "a label from 0 to 1"),
     ("y", [0, 0, 1], "each with a label"),
-    ("x", 4 * [[2.0, 0.0]], "embeddings of length 1"),
-    ("X", [[1.0, 0.0], [0.0, 2.0]], "embeddings of length 1"),
-    ("X", [[1.0, 0.0], [0.0, math.nan]], "embeddings of length 1"),
+    ("T", 2 * [[0.0, 2.0]], "embeddings have length 1"),
+    ("x", 4 * [[2.0, 0.0]], "embeddings have length 1"),
+    ("X", [[1.0, 0.0], [0.0, 2.0]], "embeddings have length 1"),
+    ("X", [[1.0, 0.0], [0.0, math.nan]], "embeddings have length 1"),
 ]
 
 
