@@ -159,11 +159,11 @@ class LIxPLoss(nn.Module):
         self.b = nn.Parameter(torch.full((2,), -10.0))
 
     def scalars(self):
-        """{name: value of what is learned}. tau_1 and tau_2 multiply cosines, tau_ctx divides
-        them; each is the exponential of a parameter."""
+        """{name: value of what is learned}. tau_1 and tau_2 multiply cosines, tau_ctx
+        sqrt(d) divides them; each tau is the exponential of a parameter."""
         names = ["tau_1", "tau_2", "tau_ctx", "b_1", "b_2"]
-        # All five are cut from one tensor: autograd then gives those that the loss does not use a
-        # gradient of 0, and not none, as DistributedDataParallel needs.
+        # cut from one tensor, so that autograd gives unused ones a gradient of 0 instead of None:
+        # DistributedDataParallel needs it
         values = torch.cat((self.log_tau.exp(), self.b)).unbind()
         return dict(zip(names, values, strict=True))
 
@@ -227,9 +227,9 @@ def gather(x):
 
     A process needs all rows, as negatives and as context, but its loss L_p is the mean over its own
     rows only. The loss of the batch is the mean of the L_p of all W processes, and a row x enters
-    every L_p: its gradient is 1/W sum_p dL_p/dx. The hook below forms the sum;
-    DistributedDataParallel divides by W when it averages the gradients of the weights. The same
-    holds for the rows of x_ctx."""
+    every L_p: its gradient is 1/W sum_p dL_p/dx. The hook on all rows forms the sum, autograd
+    passes on the slice of this process, and DistributedDataParallel divides by W when it averages
+    the gradients of the weights. For the rows of x_ctx, which are gathered too, it is the same."""
     if world_size() == 1:
         return x
 
@@ -302,8 +302,8 @@ class TextEncoder(nn.Module):
 # ---- 4. Model ------------------------------------------------------------------------------------
 def cnn(channels, size, width):
     """(B, channels, size, size) -> (B, d). Group norm, not batch norm: so an embedding depends on
-    its image alone, and context enters by the loss only (most encoders of torchvision have batch
-    norm). No pooling: it would lose where on the card a digit stands."""
+    its image alone, and context enters by the loss only. (With most encoders of torchvision, which
+    have batch norm, this is not so.) No pooling: it would lose where on the card a digit stands."""
 
     def layer(inputs, outputs, stride):
         return [nn.GroupNorm(1, inputs), nn.ReLU(True), nn.Conv2d(inputs, outputs, 3, stride, 1)]
@@ -324,7 +324,7 @@ def torchvision_encoder(settings):
     try:
         classifier = models.get_model(name, weights="DEFAULT" if settings.pretrained else None)
         encoder = nn.Sequential(classifier, nn.Linear(1000, settings.width))
-        copy.deepcopy(encoder)(torch.zeros(2, 3, S, S))  # a copy: it moves running means
+        copy.deepcopy(encoder)(torch.zeros(2, 3, S, S))  # a copy, for it moves means
     except Exception as error:
         raise UserError(f"--encoder {name}, --image-size {S}: {error}") from error
     return encoder
@@ -386,10 +386,10 @@ def embed_classes(model, captions):
 
 
 # ---- 5. Training ---------------------------------------------------------------------------------
-# `data` is Cards or Photos, of sections 7 and 8: draw_batch(settings) gives this process's part of
-# a batch, images (n, C, S, S) and tokens (n, L), different from those of other processes;
-# validate(model) gives {measure: percent}
-# and computes no gradients; vocabulary, device and about, a line for the reader, are attributes.
+# `data` is Cards or Photos, of sections 7 and 8. They have
+#   draw_batch(settings): this process's part of a batch, images (n, C, S, S) and tokens (n, L),
+#   validate(model): {measure: percent}, computed without gradients,
+#   `vocabulary`, `device`, and `about`, a line of text that describes them.
 # `log` has a dictionary for step 0, then one for each validation.
 EVERY = 200  # steps from one validation, line of the log and checkpoint to the next
 
@@ -399,7 +399,7 @@ def train(settings, data, out):
     there already goes on where it stopped (the command line wants --resume for that). Raises
     UserError, OSError."""
     path = out / f"{settings.objective}.pt"
-    model, optimizer, log = build_or_resume(settings, data, path)
+    model, optimizer, log = build_or_resume(settings, data, path)  # section 6
     forward = nn.parallel.DistributedDataParallel(model) if world_size() > 1 else model
     first, begin = log[-1]["step"] + 1, time.perf_counter() - log[-1]["seconds"]
     recent = []  # losses since the last line of the log
@@ -407,7 +407,7 @@ def train(settings, data, out):
     hide = True if rank() else None  # None: tqdm shows a bar in a terminal only
     for step in tqdm(range(first, settings.steps + 1), disable=hide):
         # the only source of chance in a step: so a resumed run is the same as one without a stop,
-        # and all objectives see the same batches (the hash of integers is the same in every run)
+        # and all objectives see the same batches; hashes of integers are the same in every run
         torch.manual_seed(hash((settings.seed, step, rank())))
         images, tokens = data.draw_batch(settings)
         loss, plain_loss, context_loss = forward(images, tokens)

@@ -171,8 +171,9 @@ def draw_panels(args, panels):
     for axis, title in zip(axes, panels, strict=True):
         across, ticks, curves = panels[title]
         for label, x, y, color, style in curves:
-            axis.plot(x, np.mean(y, 1), style, color=color, label=label)
-            axis.plot(x, y, ".", color=color, alpha=0.5)
+            axis.plot(x, [np.mean(seeds) for seeds in y], style, color=color, label=label)
+            for place, seeds in zip(x, y, strict=True):
+                axis.plot([place] * len(seeds), seeds, ".", color=color)
         if ticks:
             axis.set_xticks(range(len(ticks)), ticks)
         axis.set(title=title, xlabel=across)
@@ -265,9 +266,10 @@ def ablations(args):
     print_pairs(measure(args, points))
     figure = Figure((9, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    files = ("ablations.csv", 0, GREEN), ("ablations-sigmoid.csv", 0.2, PURPLE)
+    clip = "ablations.csv", 0, GREEN
+    siglip = "ablations-sigmoid.csv", 0.2, PURPLE
     for axis, name in zip(axes, ("zero-shot", "16-shot"), strict=True):
-        for file, shift, color in files:
+        for file, shift, color in (clip, siglip):
             rows = read_rows(FIGURES / file)
             for y, of in enumerate(ABLATIONS):
                 where = {"of": of, "measure": name}
@@ -275,7 +277,7 @@ def ablations(args):
                 changed = select(rows, model="changed", **where)
                 mean, width = fs.interval(changed - whole)
                 axis.errorbar(mean, y + shift, xerr=width, fmt="o", color=color)
-        axis.set_title(f"{name} accuracy: CLIP (green), SigLIP (purple)", fontsize=10)
+        axis.set_title(f"{name}: CLIP (green), SigLIP (purple)")
         axis.set_xlabel("points more than the whole method")
         axis.axvline(0, color="gray")
     axes[0].set_yticks(range(len(ABLATIONS)), ABLATIONS)
@@ -329,8 +331,8 @@ def draw_batch(seed):
     images = cc.draw_cards(cards, rows, numbers, "train")
     pairs = zip(rows.tolist(), numbers.tolist(), strict=True)
     captions = [f"{cards.names[row]} {cc.spell(number)}" for row, number in pairs]
-    hundreds, tens, ones = numbers // 100, numbers // 10 % 10, numbers % 10
-    digits = torch.stack([hundreds, tens, ones], 1)
+    hundreds, tens = numbers // 100, numbers // 10 % 10
+    digits = torch.stack([hundreds, tens, numbers % 10], 1)
     same = (rows[:, None] == rows).fill_diagonal_(False)
     equal = (digits[:, None] == digits).sum(2)
     return images, captions, same, equal
@@ -398,7 +400,7 @@ def draw_grid(args, cells, columns, scale=1):
         axis.set_title(title, fontsize=8)
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set(color=color, linewidth=3)
-    figure.savefig(args.picture, dpi=90)
+    figure.savefig(args.picture)
 
 
 def attention(args):
@@ -421,7 +423,7 @@ def attention(args):
                 color = YELLOW if equal[query, j] == 2 else "white"
                 color = GREEN if letters[query] == letters[j] else color
                 cells.append((images[j], f"{weights[query, j]:.1%}", color))
-    draw_grid(args, cells, 14, scale=0.72)
+    draw_grid(args, cells, 14, scale=0.65)
 
 
 def cards(args):
