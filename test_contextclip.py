@@ -1503,12 +1503,11 @@ def test_a_name_that_is_not_ascii_or_utf8_is_written_whole(name, written, traine
 
 # ---- README.md -----------------------------------------------------------------------------------
 def block_of_the_readme(text):
-    """The block of Python in README.md that has this text."""
-    blocks = re.findall("```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.DOTALL)
-    found = [block for block in blocks if text in block]
-    if not found:
-        pytest.skip(f"README.md has no block with {text}")
-    return found[0]
+    """The block of Python in README.md, or in that of figures/, that has this text."""
+    texts = [(HERE / name).read_text("utf-8") for name in ("README.md", "figures/README.md")]
+    blocks = re.findall("```python\n(.*?)```", "".join(texts), re.DOTALL)
+    (found,) = [block for block in blocks if text in block]
+    return found
 
 
 @pytest.mark.parametrize("text, result", [("LIxPLoss(", "loss"), ("Episode(", "episode")])
