@@ -805,33 +805,31 @@ COLUMNS = [  # names of the image's and of the caption's; the first that is ther
 
 
 def read_table(path):
-    """[(image's path, caption)] of a table with a header; cells are separated by commas, tabs,
+    """Yields (image's path, caption) of a table with a header; cells are separated by commas, tabs,
     semicolons or bars, images lie beside it or in one of its subfolders. The caption is empty where
     a row does not fit the header. Raises UserError, OSError."""
     csv.field_size_limit(1_000_000_000)
-    lines = re.split("(?<=\n)", path.read_text("utf-8-sig", "replace"))
-    delimiter = max(",\t;|", key=lines[0].count)
-    header = [name.strip(' "\n').lower() for name in lines[0].split(delimiter)]
+    first, *lines = re.split("(?<=\n)", path.read_text("utf-8-sig", "replace"))
+    delimiter = max(",\t;|", key=first.count)
+    header = [name.strip(' "\n').lower() for name in first.split(delimiter)]
     image, caption = ([header.index(n) for n in names if n in header] for names in COLUMNS)
     if not image or not caption:
         raise UserError(f"{path}: its first line does not name an image and a caption, {COLUMNS}")
     folders = [path.parent, *sorted(path.parent.glob("[!.]*/"))]
 
-    def find(name):
-        places = [folder / name.strip() for folder in folders]
-        return next(filter(os.path.isfile, places), places[0])
-
-    def read(lines):
-        for row in csv.reader(lines, delimiter=delimiter):
-            if row:  # no empty line
-                fits = len(row) == len(header)
-                yield find((row + header)[image[0]]), row[caption[0]] if fits else ""
+    def name_of(row):
+        return (row + header)[image[0]].strip()
 
     # a cell in quotes may have several lines; but stray quotes swallow rows: then there are more
     # images where each line is read as a row
-    by_line = [pair for line in lines[1:] for pair in read([line])]
-    in_cells = list(read(lines[1:]))
-    return max(in_cells, by_line, key=lambda pairs: sum(is_image(path) for path, _ in pairs))
+    in_cells = list(csv.reader(lines, delimiter=delimiter))
+    by_line = [row for line in lines for row in csv.reader([line], delimiter=delimiter)]
+    rows = max(in_cells, by_line, key=lambda rows: sum(is_image(Path(name_of(r))) for r in rows))
+    for row in rows:
+        if row:  # no empty line
+            places = [folder / name_of(row) for folder in folders]
+            found = next(filter(os.path.isfile, places), places[0])
+            yield found, row[caption[0]] if len(row) == len(header) else ""
 
 
 def is_image(path):
@@ -856,7 +854,7 @@ def read_captions(source):
     if not source.is_dir():
         tables = [source]
     if len(tables) == 1:
-        pairs, problem = read_table(tables[0]), "no row of its table fits the header"
+        pairs, problem = list(read_table(tables[0])), "no row of its table fits the header"
     else:
         pairs = list(read_pairs(source))
         problem = (
@@ -935,6 +933,7 @@ class Photos:
         self.images = pixels.to(device)
         self.tokens = tokens.to(device)
         self.counts = counts.to(device)
+        self.first = self.counts.cumsum(0) - self.counts  # caption of each image
 
     def draw_batch(self, settings):
         """This process's part of a batch: images (n, 3, S, S) in [0, 1] and tokens (n, L). No image
@@ -942,8 +941,8 @@ class Photos:
         half its area or more, mirrored half the time."""
         chosen = draw_different(self.n, settings, self.device)
         images = self.images[chosen] / 255
-        counts, first = self.counts[chosen], (self.counts.cumsum(0) - self.counts)[chosen]
-        caption = first + (uniform(images, 0, 1).flatten() * counts).long()
+        random = uniform(images, 0, 1).flatten() * self.counts[chosen]
+        caption = self.first[chosen] + random.long()
         side, mirror = uniform(images, 0.5, 1).sqrt(), uniform(images, -1, 1).sign()
         right = (1 - side) * uniform(images, -1, 1)
         down = (1 - side) * uniform(images, -1, 1)

@@ -14,6 +14,7 @@ import io
 import itertools
 import re
 import zlib
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -389,6 +390,7 @@ def evaluate(models, tasks, chosen, seeds, shots, queries):
     """Yields accuracies in percent of one training run's models, a dictionary each; zero-shot has 0
     shots."""
     for model, task, seed, episode in episodes(models, tasks, seeds, shots, queries):
+        with_shots = cache(episode.with_shots)  # many classifiers, few numbers of shots
         for method, k, hyper in chosen:
             # no zero-shot where words are unknown, or captions of classes equal
             if k or task.group not in ("unseen", "unnamed"):
@@ -400,7 +402,7 @@ def evaluate(models, tasks, chosen, seeds, shots, queries):
                     "shots": k,
                     "hyper": hyper,
                     "seed": seed,
-                    "accuracy": accuracy(method, episode.with_shots(k), **hyper),
+                    "accuracy": accuracy(method, with_shots(k), **hyper),
                 }
 
 
@@ -483,8 +485,8 @@ def report(table, shots):
         means = [gains[MEAN, k].mean(1) for k in shots]  # of each task
         print(f"tasks that gain, of {len(means[0])}:", *(f"{(m > 0).sum()}" for m in means))
         context, base = ([table[m][MEAN, k].mean() for k in shots] for m in pair.split(" - "))
-        times = efficiency(base, context, shots).items()
-        print("sample efficiency:", *(f" {k}-shot {n}" for k, n in times))
+        times = efficiency(base, context, shots)
+        print("sample efficiency:", *(f" {k}-shot {times[k]}" for k in times))
 
 
 def draw_curves(table, shots, path):
@@ -513,7 +515,8 @@ def load_runs(paths, device):
     """[{objective: model}], one per folder, that is, per training run. Raises UserError."""
     runs = {}
     for path in paths:
-        model, run = cc.load(path, device), runs.setdefault(path.parent, {})
+        model = cc.load(path, device)
+        run = runs.setdefault(path.parent, {})
         objective = model.settings.objective
         if objective in run:
             raise UserError(f"{path.parent} has two models of {objective}")
