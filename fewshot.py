@@ -492,16 +492,16 @@ def report(table, shots):
 def draw_curves(table, shots, path):
     """Draw accuracy against shots, and what context adds, means of the six with 95 % intervals."""
     figure = Figure((9, 4), layout="constrained")
-    panels = {f"{MEAN}, % right, by shots": table, "what context adds, in points": compare(table)}
-    for place, title in enumerate(panels, start=1):
-        axis, curves = figure.add_subplot(1, 2, place, title=title), panels[title]
-        for name, cells in curves.items():
+    panels = {f"accuracy (%), {MEAN}": table, "what context adds (points)": compare(table)}
+    for axis, title in zip(figure.subplots(1, 2), panels, strict=True):
+        for name, cells in panels[title].items():
             # a difference, a context model, a baseline
             color = "#009E73" if "-" in name else "#D55E00" if "xp" in name else "#0072B2"
             means, widths = np.transpose([interval(cells[MEAN, k]) for k in shots])
             axis.plot(shots, means, "o--" if "sig" in name else "o-", color=color, label=name)
             axis.fill_between(shots, means - widths, means + widths, color=color, alpha=0.15)
             axis.legend()
+        axis.set(title=title, xlabel="labelled images per class")
         axis.set_xscale("log", base=2)
         axis.set_xticks(shots, shots)
         axis.grid()

@@ -17,6 +17,7 @@ python figures/study.py replay        each model with the tau_1 of the other (30
 import argparse
 import csv
 import math
+import re
 import sys
 import textwrap
 from dataclasses import asdict, replace
@@ -171,9 +172,8 @@ def draw_panels(args, panels):
     for axis, title in zip(axes, panels, strict=True):
         across, ticks, curves = panels[title]
         for label, x, y, color, style in curves:
-            axis.plot(x, [np.mean(seeds) for seeds in y], style, color=color, label=label)
-            for place, seeds in zip(x, y, strict=True):
-                axis.plot([place] * len(seeds), seeds, ".", color=color)
+            axis.plot(x, np.mean(y, 1), style, color=color, label=label)
+            axis.plot(x, y, ".", color=color)
         if ticks:
             axis.set_xticks(range(len(ticks)), ticks)
         axis.set(title=title, xlabel=across)
@@ -186,8 +186,7 @@ def curves_of(args, rows, points, measure, style, more=""):
     """Curves of both models, through these points."""
     curves = []
     for model, (label, color) in zip(args.pair, KINDS, strict=True):
-        where = {"model": model, "measure": measure}
-        y = [select(rows, of=of, **where).mean(0) for of in points]
+        y = [select(rows, of=of, model=model, measure=measure).mean(0) for of in points]
         x = range(len(points))
         curves.append((label + more, x, y, color, style))
     return curves
@@ -206,8 +205,8 @@ def sweep(args, setting, values, across, ticks):
 
 
 def tau_max(args):
-    caps = [100.0, 28.0, 14.0, 9.0, 6.0]
-    ticks = ["none", 28, 14, 9, 6]
+    caps = [6.0, 9.0, 14.0, 28.0, 100.0]
+    ticks = [6, 9, 14, 28, "none"]
     sweep(args, "tau_max", caps, "cap of tau_1 and tau_2", ticks)
 
 
@@ -224,7 +223,7 @@ LENGTHS = [(64, 1600), (64, 3200), (64, 6400)]
 def sizes_of(args):
     """{"width steps cap": settings} of the models of `sizes`; SigLIP's have no cap."""
     points = {}
-    for width, steps in dict.fromkeys(WIDTHS + LENGTHS):
+    for width, steps in WIDTHS + LENGTHS:
         for cap in [100.0] if args.sigmoid else [100.0, 9.0]:
             settings = {"width": width, "steps": steps, "tau_max": cap}
             points[f"{width} {steps} {cap:g}"] = settings
@@ -236,7 +235,7 @@ def sizes(args):
     panels = {}
     for place, (across, points) in enumerate((("width", WIDTHS), ("steps", LENGTHS))):
         curves = []
-        for cap, style, more in ((100, "--", ""), (9, "-", ", cap 9")):
+        for cap, style, more in ((100, "--", ", no cap"), (9, "-", ", cap 9")):
             of = [f"{width} {steps} {cap}" for width, steps in points]
             if of[0] in names_of(rows, "of"):
                 curves += curves_of(args, rows, of, "16-shot", style, more)
@@ -266,20 +265,22 @@ def ablations(args):
     print_pairs(measure(args, points))
     figure = Figure((9, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    clip = "ablations.csv", 0, GREEN
-    siglip = "ablations-sigmoid.csv", 0.2, PURPLE
-    for axis, name in zip(axes, ("zero-shot", "16-shot"), strict=True):
-        for file, shift, color in (clip, siglip):
-            rows = read_rows(FIGURES / file)
-            for y, of in enumerate(ABLATIONS):
-                where = {"of": of, "measure": name}
-                whole = select(rows, model="whole", **where)
-                changed = select(rows, model="changed", **where)
-                mean, width = fs.interval(changed - whole)
-                axis.errorbar(mean, y + shift, xerr=width, fmt="o", color=color)
-        axis.set_title(f"{name}: CLIP (green), SigLIP (purple)")
-        axis.set_xlabel("points more than the whole method")
-        axis.axvline(0, color="gray")
+    y = np.arange(len(ABLATIONS))
+    clip = "CLIP", "ablations.csv", y, GREEN
+    siglip = "SigLIP", "ablations-sigmoid.csv", y + 0.2, PURPLE
+    for loss, file, y, color in (clip, siglip):
+        rows = read_rows(FIGURES / file)
+        for axis, name in zip(axes, ("zero-shot", "16-shot"), strict=True):
+            gains = []
+            for of in ABLATIONS:
+                whole = select(rows, of=of, measure=name, model="whole")
+                changed = select(rows, of=of, measure=name, model="changed")
+                gains.append(fs.interval(changed - whole))
+            means, widths = np.transpose(gains)
+            axis.errorbar(means, y, xerr=widths, fmt="o", color=color, label=loss)
+            axis.set(title=f"{name} accuracy", xlabel="points more than the whole method")
+            axis.axvline(0, color="gray")
+    axes[0].legend()
     axes[0].set_yticks(range(len(ABLATIONS)), ABLATIONS)
     axes[0].invert_yaxis()
     figure.savefig(args.picture)
@@ -331,8 +332,7 @@ def draw_batch(seed):
     images = cc.draw_cards(cards, rows, numbers, "train")
     pairs = zip(rows.tolist(), numbers.tolist(), strict=True)
     captions = [f"{cards.names[row]} {cc.spell(number)}" for row, number in pairs]
-    hundreds, tens = numbers // 100, numbers // 10 % 10
-    digits = torch.stack([hundreds, tens, numbers % 10], 1)
+    digits = numbers[:, None] // torch.tensor([100, 10, 1]).to(numbers) % 10
     same = (rows[:, None] == rows).fill_diagonal_(False)
     equal = (digits[:, None] == digits).sum(2)
     return images, captions, same, equal
@@ -347,9 +347,9 @@ def nearness_of(model, seed):
     images, captions, same, equal = draw_batch(seed)
     i = torch.arange(B, device=images.device)
     v = model.encode_image(images)
-    u = model.encode_text(cc.tokenize(captions, model.vocabulary).to(i.device))
     X = F.normalize(v)
-    T = F.normalize(u)
+    tokens = cc.tokenize(captions, model.vocabulary).to(i.device)
+    T = F.normalize(model.encode_text(tokens))
     others = ~same.clone().fill_diagonal_(True)
     two = others & (equal == 2)
     a, b = same.nonzero(as_tuple=True)  # pairs with the same character
@@ -404,55 +404,59 @@ def draw_grid(args, cells, columns, scale=1):
 
 
 def attention(args):
-    """Four cards and the six that each attends to most: above in the baseline, below in the context
-    model. Both attend with the tau_ctx that the context model has learned."""
+    """Three cards and the eight that each attends to most, in the baseline and in the context
+    model. Both attend with the tau_ctx that the context model has learned. Prints how much of the
+    attention goes, in all, to cards with the same letter and to those with two equal digits."""
     models = [load(train(0, objective=name)) for name in args.pair]
     tau_ctx = models[1].loss.scalars()["tau_ctx"]
     images, captions, same, equal = draw_batch(1)
-    letters = [caption.split(" with ")[0].split(" number ")[0] for caption in captions]
+    letters = [re.split(" with | number ", caption)[0] for caption in captions]
+    alike = torch.tensor([[a == b for b in letters] for a in letters]).to(same)
     i = torch.arange(B, device=images.device)
-    cells = []
-    queries = same.any(1).nonzero()[:4, 0].tolist()
-    for two, k in product((queries[:2], queries[2:]), (0, 1)):
-        name = ("baseline", "context")[k]
-        X = cc.embed_images(models[k], images)
+    attend = {}
+    for (name, _), model in zip(KINDS, models, strict=True):
+        X = cc.embed_images(model, images)
         weights = cc.contextualize(i, X, torch.eye(B).to(X), tau_ctx)
-        for query in two:
-            cells.append((images[query], name, "black"))
-            for j in weights[query].topk(6).indices.tolist():
-                color = YELLOW if equal[query, j] == 2 else "white"
-                color = GREEN if letters[query] == letters[j] else color
-                cells.append((images[j], f"{weights[query, j]:.1%}", color))
-    draw_grid(args, cells, 14, scale=0.65)
+        letter = (weights * alike).sum() / B
+        digits = (weights * (equal == 2)).sum() / B
+        print(f"{name}: {letter:.1%} same letter, {digits:.1%} two equal digits")
+        attend[name] = weights
+    cells = []
+    for query, name in product(same.any(1).nonzero()[:3, 0].tolist(), attend):
+        weights = attend[name][query]
+        cells.append((images[query], name, "black"))
+        for j in weights.topk(8).indices.tolist():
+            color = YELLOW if equal[query, j] == 2 else "white"
+            color = GREEN if alike[query, j] else color
+            cells.append((images[j], f"{weights[j]:.1%}", color))
+    draw_grid(args, cells, 9)
 
 
 def cards(args):
     """18 training cards with their captions."""
-    torch.manual_seed(0)
-    images, tokens = get_cards().draw_batch(replace(DEFAULT, batch_size=18))
-    words, cells = list(get_cards().vocabulary), []
-    for image, row in zip(images, tokens, strict=True):
-        caption = " ".join(words[token] for token in row if token)
+    images, captions, *_ = draw_batch(0)
+    cells = []
+    for image, caption in zip(images[:18], captions[:18], strict=True):
         cells.append((image, textwrap.fill(caption, 25), "white"))
     draw_grid(args, cells, 6, scale=1.9)
 
 
 # ---- The command line ----------------------------------------------------------------------------
-STUDIES = [cards, attention, sizes, tau_max, nearness, number_share, training, ablations, post]
-STUDIES += [replay]
+STUDIES = ["cards", "attention", "sizes", "tau_max", "nearness", "number_share", "training"]
+STUDIES += ["ablations", "post", "replay"]  # each is a function of this file
 
 
 def run(args):
     args.pair = ("siglip", "siglixp") if args.sigmoid else ("clip", "clixp")
     name = f"{args.study}-sigmoid" if args.sigmoid else args.study
     args.table, args.picture = FIGURES / f"{name}.csv", FIGURES / f"{name}.png"
-    {study.__name__: study for study in STUDIES}[args.study](args)
+    globals()[args.study](args)
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser("study", argparse.SUPPRESS, __doc__.splitlines()[0])
     add = parser.add_argument
-    add("study", choices=[study.__name__ for study in STUDIES])
+    add("study", choices=STUDIES)
     add("--seeds", type=int, default=3, help="of training (3)")
     add("--draw", action="store_true", help="only print and draw again, from the CSV file")
     add("--sigmoid", action="store_true", help="siglip and siglixp instead of clip and clixp")
