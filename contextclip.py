@@ -47,7 +47,8 @@ def setting(default, help, least=None, most=1e9):
 
 @dataclass
 class Settings:
-    """Everything that determines a run, besides the number of processes. Each is also a flag."""
+    """Everything that determines a run, besides the number of processes. Each is also a flag; the
+    command line trains "clip" and "clixp" if --objective is not given."""
 
     objective: str = setting(
         "clixp", f"one of {', '.join(OBJECTIVES)}; the flag takes several, a,b"
@@ -92,7 +93,7 @@ class Settings:
         if not self.data:
             raise UserError("--data is empty: cards, or a folder or table of yours")
         for each in fields(self):
-            _, least, most = each.metadata.values()
+            _, least, most = each.metadata.values()  # in the order of `setting`
             value = getattr(self, each.name)
             if least is not None and not least <= value <= most:  # so written, nan is refused too
                 raise UserError(
@@ -229,7 +230,8 @@ def gather(x):
     rows only. The loss of the batch is the mean of the L_p of all W processes, and a row x enters
     every L_p: its gradient is 1/W sum_p dL_p/dx. The hook on all rows forms the sum, autograd
     passes on the slice of this process, and DistributedDataParallel divides by W when it averages
-    the gradients of the weights. For the rows of x_ctx, which are gathered too, it is the same."""
+    the gradients of the weights. The rows of x_ctx are gathered too: each process gets the whole
+    gradient of its own, and hands it on to all rows of V and X, where the hook sums once more."""
     if world_size() == 1:
         return x
 
@@ -324,7 +326,7 @@ def torchvision_encoder(settings):
     try:
         classifier = models.get_model(name, weights="DEFAULT" if settings.pretrained else None)
         encoder = nn.Sequential(classifier, nn.Linear(1000, settings.width))
-        copy.deepcopy(encoder)(torch.zeros(2, 3, S, S))  # a copy, for it moves means
+        copy.deepcopy(encoder)(torch.zeros(2, 3, S, S))  # a copy: it updates batch norm's means
     except Exception as error:
         raise UserError(f"--encoder {name}, --image-size {S}: {error}") from error
     return encoder
@@ -399,7 +401,8 @@ def train(settings, data, out):
     there already goes on where it stopped (the command line wants --resume for that). Raises
     UserError, OSError."""
     path = out / f"{settings.objective}.pt"
-    model, optimizer, log = build_or_resume(settings, data, path)  # section 6
+    # section 6: new, from --init, or as saved; the model is in train mode
+    model, optimizer, log = build_or_resume(settings, data, path)
     forward = nn.parallel.DistributedDataParallel(model) if world_size() > 1 else model
     first, begin = log[-1]["step"] + 1, time.perf_counter() - log[-1]["seconds"]
     recent = []  # losses since the last line of the log
@@ -430,7 +433,7 @@ def train(settings, data, out):
                 row |= {name: value.item() for name, value in model.loss.scalars().items()}
                 measures = data.validate(model.eval())
                 model.train()
-                if len(log) == 1:  # before the first save: has another run taken the name?
+                if len(log) == 1:  # step 0 only, nothing saved yet: is the name free?
                     check_free(path)
                 log.append(row | measures)
                 save(path, model, optimizer, log)

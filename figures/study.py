@@ -17,7 +17,6 @@ python figures/study.py replay        each model with the tau_1 of the other (30
 import argparse
 import csv
 import math
-import re
 import sys
 import textwrap
 from dataclasses import asdict, replace
@@ -211,9 +210,9 @@ def tau_max(args):
 
 
 def number_share(args):
-    shares = [0.9, 0.97, 0.99, 1.0]
-    across = "share of captions that name the number"
-    sweep(args, "number_share", shares, across, shares)
+    shares = [1.0, 0.99, 0.97, 0.9]
+    ticks = ["0 %", "1 %", "3 %", "10 %"]
+    sweep(args, "number_share", shares, "captions without the number", ticks)
 
 
 WIDTHS = [(32, 3200), (64, 3200), (128, 3200)]  # with steps
@@ -323,8 +322,8 @@ def training(args):
 
 # ---- What is near what ---------------------------------------------------------------------------
 def draw_batch(seed):
-    """A batch as trained: images (B, 1, 32, 32), captions, and for each pair (B, B) whether it has
-    the same character, and how many digits are equal in the same place."""
+    """A batch as trained: images (B, 1, 32, 32), captions, whether a pair has the same character
+    (B, B), and the digits of the numbers (B, 3)."""
     torch.manual_seed(seed)
     cards = get_cards()
     numbers = cc.draw_different(1000, DEFAULT, cards.device)
@@ -334,8 +333,7 @@ def draw_batch(seed):
     captions = [f"{cards.names[row]} {cc.spell(number)}" for row, number in pairs]
     digits = numbers[:, None] // torch.tensor([100, 10, 1]).to(numbers) % 10
     same = (rows[:, None] == rows).fill_diagonal_(False)
-    equal = (digits[:, None] == digits).sum(2)
-    return images, captions, same, equal
+    return images, captions, same, digits
 
 
 @torch.no_grad()
@@ -344,14 +342,14 @@ def nearness_of(model, seed):
     equal digits, and than any with another character (% of cases)? Of the 511 wrong captions, how
     many does the plain loss still see (effective number), and which weight have those with two
     equal digits (%)? Does a contextualised embedding find its own caption (%)?"""
-    images, captions, same, equal = draw_batch(seed)
+    images, captions, same, digits = draw_batch(seed)
     i = torch.arange(B, device=images.device)
     v = model.encode_image(images)
     X = F.normalize(v)
     tokens = cc.tokenize(captions, model.vocabulary).to(i.device)
     T = F.normalize(model.encode_text(tokens))
     others = ~same.clone().fill_diagonal_(True)
-    two = others & (equal == 2)
+    two = others & ((digits[:, None] == digits).sum(2) == 2)
     a, b = same.nonzero(as_tuple=True)  # pairs with the same character
     cosines = X @ X.T
     farther = cosines[a] < cosines[a, b][:, None]  # (pairs, B): farther from a than b is
@@ -404,30 +402,30 @@ def draw_grid(args, cells, columns, scale=1):
 
 
 def attention(args):
-    """Three cards and the eight that each attends to most, in the baseline and in the context
-    model. Both attend with the tau_ctx that the context model has learned. Prints how much of the
-    attention goes, in all, to cards with the same letter and to those with two equal digits."""
+    """The first three cards whose character is twice in a batch, and the eight that each attends to
+    most, in the baseline and in the context model. Both attend with the tau_ctx that the context
+    model has learned. Prints, for the whole batch, how many times their share of the attention have
+    cards with the same character, and cards with two digits in common."""
     models = [load(train(0, objective=name)) for name in args.pair]
     tau_ctx = models[1].loss.scalars()["tau_ctx"]
-    images, captions, same, equal = draw_batch(1)
-    letters = [re.split(" with | number ", caption)[0] for caption in captions]
-    alike = torch.tensor([[a == b for b in letters] for a in letters]).to(same)
+    images, captions, same, digits = draw_batch(1)
+    counts = F.one_hot(digits, 10).sum(1)
+    common = torch.minimum(counts[:, None], counts).sum(2).fill_diagonal_(0)
     i = torch.arange(B, device=images.device)
     attend = {}
     for (name, _), model in zip(KINDS, models, strict=True):
         X = cc.embed_images(model, images)
         weights = cc.contextualize(i, X, torch.eye(B).to(X), tau_ctx)
-        letter = (weights * alike).sum() / B
-        digits = (weights * (equal == 2)).sum() / B
-        print(f"{name}: {letter:.1%} same letter, {digits:.1%} two equal digits")
+        shares = [weights[pairs].mean() * (B - 1) for pairs in (same, common >= 2)]
+        print(name, *(f"{share:.1f}" for share in shares))
         attend[name] = weights
     cells = []
     for query, name in product(same.any(1).nonzero()[:3, 0].tolist(), attend):
         weights = attend[name][query]
         cells.append((images[query], name, "black"))
         for j in weights.topk(8).indices.tolist():
-            color = YELLOW if equal[query, j] == 2 else "white"
-            color = GREEN if alike[query, j] else color
+            color = YELLOW if common[query, j] >= 2 else "white"
+            color = GREEN if same[query, j] else color
             cells.append((images[j], f"{weights[j]:.1%}", color))
     draw_grid(args, cells, 9)
 
