@@ -103,7 +103,7 @@ class Settings:
 
 # ---- 1. Contrastive losses -----------------------------------------------------------------------
 # X, T (B, d): normalised embeddings of the images and of the captions of a batch; row j of both is
-# a pair. i (n,) are numbers of rows: of all, or of those of one process, or of one block. They are
+# a pair. i (n,) are row indices: of all, or of those of one process, or of one block. They are
 # also the right answers, since image i has caption i. A loss returns a term in nats for each of
 # them. The loss L of the paper is the mean over all B rows.
 
@@ -163,8 +163,8 @@ class LIxPLoss(nn.Module):
         """{name: value of what is learned}. tau_1 and tau_2 multiply cosines, tau_ctx
         sqrt(d) divides them; each tau is the exponential of a parameter."""
         names = ["tau_1", "tau_2", "tau_ctx", "b_1", "b_2"]
-        # cut from one tensor, so that autograd gives unused ones a gradient of 0 instead of None:
-        # DistributedDataParallel needs it
+        # DistributedDataParallel wants a gradient of every parameter: as slices of one tensor,
+        # those that a loss does not use get 0 instead of none
         values = torch.cat((self.log_tau.exp(), self.b)).unbind()
         return dict(zip(names, values, strict=True))
 
@@ -389,7 +389,8 @@ def embed_classes(model, captions):
 
 # ---- 5. Training ---------------------------------------------------------------------------------
 # `data` is Cards or Photos, of sections 7 and 8. They have
-#   draw_batch(settings): this process's part of a batch, images (n, C, S, S) and tokens (n, L),
+#   draw_batch(settings): this process's part of a batch, images (n, C, S, S) and tokens (n, L);
+#     of cards no number comes twice, not even in the parts of two processes,
 #   validate(model): {measure: percent}, computed without gradients,
 #   `vocabulary`, `device`, and `about`, a line of text that describes them.
 # `log` has a dictionary for step 0, then one for each validation.
@@ -433,7 +434,7 @@ def train(settings, data, out):
                 row |= {name: value.item() for name, value in model.loss.scalars().items()}
                 measures = data.validate(model.eval())
                 model.train()
-                if len(log) == 1:  # step 0 only, nothing saved yet: is the name free?
+                if len(log) == 1:  # nothing saved yet: is the name still free?
                     check_free(path)
                 log.append(row | measures)
                 save(path, model, optimizer, log)
