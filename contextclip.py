@@ -103,7 +103,7 @@ class Settings:
 
 # ---- 1. Contrastive losses -----------------------------------------------------------------------
 # X, T (B, d): normalised embeddings of the images and of the captions of a batch; row j of both is
-# a pair. i (n,) are row indices: of all, or of those of one process, or of one block. They are
+# a pair. i (n,) are row indices, 0 to B - 1 unless processes or blocks divide the rows. They are
 # also the right answers, since image i has caption i. A loss returns a term in nats for each of
 # them. The loss L of the paper is the mean over all B rows.
 
@@ -148,8 +148,9 @@ class LIxPLoss(nn.Module):
     It is a module because tau_1, tau_2 and tau_ctx (and, of the sigmoid loss, b_1 and b_2) are
     parameters. Give them to the optimiser, without weight decay, and call `clamp` after each step.
     With several processes, put it inside the module that DistributedDataParallel wraps. Call it
-    outside of torch.autocast, with float32. To go on from a finished CLIP, start from its
-    logarithm: log_tau.data[:2] = model.logit_scale.data."""
+    outside of torch.autocast, with float32. To go on from a finished CLIP, copy the logarithm of
+    its scale, which tau_max must allow: log_tau.data[:2] = model.logit_scale.data; of a finished
+    SigLIP also the bias: b.data[:] = model.logit_bias.data."""
 
     def __init__(self, settings):
         super().__init__()
@@ -434,7 +435,7 @@ def train(settings, data, out):
                 row |= {name: value.item() for name, value in model.loss.scalars().items()}
                 measures = data.validate(model.eval())
                 model.train()
-                if len(log) == 1:  # nothing saved yet: is the name still free?
+                if len(log) == 1:  # has another run saved here meanwhile?
                     check_free(path)
                 log.append(row | measures)
                 save(path, model, optimizer, log)

@@ -39,7 +39,7 @@ DEFAULT = cc.Settings()
 DEFAULTS = asdict(DEFAULT)
 B = DEFAULT.batch_size
 KINDS = [("baseline", "#0072B2"), ("context model", "#D55E00")]
-GREEN, PURPLE, YELLOW = "#009E73", "#CC79A7", "#E69F00"
+GREEN = "#009E73"
 
 
 # ---- Training and evaluation ---------------------------------------------------------------------
@@ -172,7 +172,7 @@ def draw_panels(args, panels):
         across, ticks, curves = panels[title]
         for label, x, y, color, style in curves:
             axis.plot(x, np.mean(y, 1), style, color=color, label=label)
-            axis.plot(x, y, ".", color=color)
+            axis.plot(x, y, ".x"[style == "--"], color=color)
         if ticks:
             axis.set_xticks(range(len(ticks)), ticks)
         axis.set(title=title, xlabel=across)
@@ -266,7 +266,7 @@ def ablations(args):
     axes = figure.subplots(1, 2, sharey=True)
     y = np.arange(len(ABLATIONS))
     clip = "CLIP", "ablations.csv", y, GREEN
-    siglip = "SigLIP", "ablations-sigmoid.csv", y + 0.2, PURPLE
+    siglip = "SigLIP", "ablations-sigmoid.csv", y + 0.2, "#CC79A7"
     for loss, file, y, color in (clip, siglip):
         rows = read_rows(FIGURES / file)
         for axis, name in zip(axes, ("zero-shot", "16-shot"), strict=True):
@@ -277,7 +277,7 @@ def ablations(args):
                 gains.append(fs.interval(changed - whole))
             means, widths = np.transpose(gains)
             axis.errorbar(means, y, xerr=widths, fmt="o", color=color, label=loss)
-            axis.set(title=f"{name} accuracy", xlabel="points more than the whole method")
+            axis.set(title=f"{name} accuracy", xlabel="change against the whole method (points)")
             axis.axvline(0, color="gray")
     axes[0].legend()
     axes[0].set_yticks(range(len(ABLATIONS)), ABLATIONS)
@@ -402,14 +402,15 @@ def draw_grid(args, cells, columns, scale=1):
 
 
 def attention(args):
-    """The first three cards whose character is twice in a batch, and the eight that each attends to
-    most, in the baseline and in the context model. Both attend with the tau_ctx that the context
-    model has learned. Prints, for the whole batch, how many times their share of the attention have
-    cards with the same character, and cards with two digits in common."""
+    """The three cards of a batch from which the context model attends most to the same character,
+    and the eight that each attends to most, in the baseline and in the context model. Both attend
+    with the tau_ctx that the context model has learned. Prints, for the whole batch, how many times
+    their share of the attention have cards with the same character, and cards with two digits in
+    common."""
     models = [load(train(0, objective=name)) for name in args.pair]
     tau_ctx = models[1].loss.scalars()["tau_ctx"]
     images, captions, same, digits = draw_batch(1)
-    counts = F.one_hot(digits, 10).sum(1)
+    counts = F.one_hot(digits).sum(1)
     common = torch.minimum(counts[:, None], counts).sum(2).fill_diagonal_(0)
     i = torch.arange(B, device=images.device)
     attend = {}
@@ -420,11 +421,12 @@ def attention(args):
         print(name, *(f"{share:.1f}" for share in shares))
         attend[name] = weights
     cells = []
-    for query, name in product(same.any(1).nonzero()[:3, 0].tolist(), attend):
+    queries = (weights * same).sum(1).topk(3).indices.tolist()
+    for query, name in product(queries, attend):
         weights = attend[name][query]
         cells.append((images[query], name, "black"))
         for j in weights.topk(8).indices.tolist():
-            color = YELLOW if common[query, j] >= 2 else "white"
+            color = "#E69F00" if common[query, j] >= 2 else "white"
             color = GREEN if same[query, j] else color
             cells.append((images[j], f"{weights[j]:.1%}", color))
     draw_grid(args, cells, 9)
