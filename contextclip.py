@@ -148,9 +148,9 @@ class LIxPLoss(nn.Module):
     It is a module because tau_1, tau_2 and tau_ctx (and, of the sigmoid loss, b_1 and b_2) are
     parameters. Give them to the optimiser, without weight decay, and call `clamp` after each step.
     With several processes, put it inside the module that DistributedDataParallel wraps. Call it
-    outside of torch.autocast, with float32. To go on from a finished CLIP, copy the logarithm of
-    its scale, which tau_max must allow: log_tau.data[:2] = model.logit_scale.data; of a finished
-    SigLIP also the bias: b.data[:] = model.logit_bias.data."""
+    outside of torch.autocast, with float32. To go on from a finished CLIP, set tau_max at least to
+    its scale, else the first `clamp` cuts it, and copy the logarithm of that:
+    log_tau.data[:2] = model.logit_scale.data; for SigLIP also b.data[:] = model.logit_bias.data."""
 
     def __init__(self, settings):
         super().__init__()
@@ -164,8 +164,8 @@ class LIxPLoss(nn.Module):
         """{name: value of what is learned}. tau_1 and tau_2 multiply cosines, tau_ctx
         sqrt(d) divides them; each tau is the exponential of a parameter."""
         names = ["tau_1", "tau_2", "tau_ctx", "b_1", "b_2"]
-        # DistributedDataParallel wants a gradient of every parameter: as slices of one tensor,
-        # those that a loss does not use get 0 instead of none
+        # slices of one tensor, so that the gradient of what a loss does not use is 0 instead of
+        # None, which DistributedDataParallel refuses
         values = torch.cat((self.log_tau.exp(), self.b)).unbind()
         return dict(zip(names, values, strict=True))
 
@@ -391,7 +391,7 @@ def embed_classes(model, captions):
 # ---- 5. Training ---------------------------------------------------------------------------------
 # `data` is Cards or Photos, of sections 7 and 8. They have
 #   draw_batch(settings): this process's part of a batch, images (n, C, S, S) and tokens (n, L);
-#     of cards no number comes twice, not even in the parts of two processes,
+#     of cards no number comes twice (process r of W takes every W-th number, from r),
 #   validate(model): {measure: percent}, computed without gradients,
 #   `vocabulary`, `device`, and `about`, a line of text that describes them.
 # `log` has a dictionary for step 0, then one for each validation.
