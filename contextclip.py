@@ -237,7 +237,7 @@ def gather(x):
         return x
 
     def sum_over_processes(gradient):
-        gradient = gradient.contiguous().clone()
+        gradient = gradient.contiguous().clone()  # all_reduce writes into it
         dist.all_reduce(gradient)
         return gradient
 
@@ -435,7 +435,7 @@ def train(settings, data, out):
                 row |= {name: value.item() for name, value in model.loss.scalars().items()}
                 measures = data.validate(model.eval())
                 model.train()
-                if len(log) == 1:  # has another run saved here meanwhile?
+                if len(log) == 1:  # before the first save: did another run take the name?
                     check_free(path)
                 log.append(row | measures)
                 save(path, model, optimizer, log)
