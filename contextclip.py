@@ -149,7 +149,7 @@ class LIxPLoss(nn.Module):
     parameters. Give them to the optimiser, without weight decay, and call `clamp` after each step.
     With several processes, put it inside the module that DistributedDataParallel wraps. Call it
     outside of torch.autocast, with float32. To go on from a finished CLIP, set tau_max at least to
-    its scale, else the first `clamp` cuts it, and copy the logarithm of that:
+    its scale, else the first `clamp` cuts it, and copy its logarithm, which is what CLIP stores:
     log_tau.data[:2] = model.logit_scale.data; for SigLIP also b.data[:] = model.logit_bias.data."""
 
     def __init__(self, settings):
