@@ -4,7 +4,7 @@ prints and draws again. Minutes are for three seeds, two studies at a time on tw
 
 python figures/study.py cards         training cards with their captions (a second)
 python figures/study.py attention     the cards an image attends to, in both models (5 minutes)
-python figures/study.py sizes         accuracy by size and by length, free and capped (150)
+python figures/study.py sizes         accuracy by size and by length, free and capped (200)
 python figures/study.py tau_max       accuracy by the cap of tau_1 and tau_2 (80)
 python figures/study.py nearness      what is near what in the models of `sizes` (3; a table)
 python figures/study.py number_share  accuracy by the share of captions that name the number (60)
