@@ -172,7 +172,8 @@ def draw_panels(args, panels):
         across, ticks, curves = panels[title]
         for label, x, y, color, style in curves:
             axis.plot(x, np.mean(y, 1), style, color=color, label=label)
-            axis.plot(x, y, ".x"[style == "--"], color=color)
+            marker = "x" if style == "--" else "."
+            axis.plot(x, y, marker, color=color)
         if ticks:
             axis.set_xticks(range(len(ticks)), ticks)
         axis.set(title=title, xlabel=across)
@@ -264,9 +265,9 @@ def ablations(args):
     print_pairs(measure(args, points))
     figure = Figure((9, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    y = np.arange(len(ABLATIONS))
-    clip = "CLIP", "ablations.csv", y, GREEN
-    siglip = "SigLIP", "ablations-sigmoid.csv", y + 0.2, "#CC79A7"
+    places = np.arange(len(ABLATIONS))
+    clip = "CLIP", "ablations.csv", places, GREEN
+    siglip = "SigLIP", "ablations-sigmoid.csv", places + 0.2, "#CC79A7"
     for loss, file, y, color in (clip, siglip):
         rows = read_rows(FIGURES / file)
         for axis, name in zip(axes, ("zero-shot", "16-shot"), strict=True):
@@ -280,7 +281,7 @@ def ablations(args):
             axis.set(title=f"{name} accuracy", xlabel="change against the whole method (points)")
             axis.axvline(0, color="gray")
     axes[0].legend()
-    axes[0].set_yticks(range(len(ABLATIONS)), ABLATIONS)
+    axes[0].set_yticks(places, ABLATIONS)
     axes[0].invert_yaxis()
     figure.savefig(args.picture)
 
@@ -321,9 +322,10 @@ def training(args):
 
 
 # ---- What is near what ---------------------------------------------------------------------------
+@cache
 def draw_batch(seed):
     """A batch as trained: images (B, 1, 32, 32), captions, whether a pair has the same character
-    (B, B), and the digits of the numbers (B, 3)."""
+    (B, B), and the digits of the numbers (B, 3). Drawn once for all models, so do not change it."""
     torch.manual_seed(seed)
     cards = get_cards()
     numbers = cc.draw_different(1000, DEFAULT, cards.device)
@@ -411,22 +413,21 @@ def attention(args):
     tau_ctx = models[1].loss.scalars()["tau_ctx"]
     images, captions, same, digits = draw_batch(1)
     counts = F.one_hot(digits).sum(1)
-    common = torch.minimum(counts[:, None], counts).sum(2).fill_diagonal_(0)
+    common = torch.minimum(counts[:, None], counts).sum(2).fill_diagonal_(0) >= 2
     i = torch.arange(B, device=images.device)
     attend = {}
     for (name, _), model in zip(KINDS, models, strict=True):
         X = cc.embed_images(model, images)
-        weights = cc.contextualize(i, X, torch.eye(B).to(X), tau_ctx)
-        shares = [weights[pairs].mean() * (B - 1) for pairs in (same, common >= 2)]
+        attend[name] = cc.contextualize(i, X, torch.eye(B).to(X), tau_ctx)
+        shares = [attend[name][pairs].mean() * (B - 1) for pairs in (same, common)]
         print(name, *(f"{share:.1f}" for share in shares))
-        attend[name] = weights
     cells = []
-    queries = (weights * same).sum(1).topk(3).indices.tolist()
+    queries = (attend["context model"] * same).sum(1).topk(3).indices.tolist()
     for query, name in product(queries, attend):
         weights = attend[name][query]
         cells.append((images[query], name, "black"))
         for j in weights.topk(8).indices.tolist():
-            color = "#E69F00" if common[query, j] >= 2 else "white"
+            color = "#E69F00" if common[query, j] else "white"
             color = GREEN if same[query, j] else color
             cells.append((images[j], f"{weights[j]:.1%}", color))
     draw_grid(args, cells, 9)
